@@ -1,0 +1,149 @@
+"""The Typer app, and the one place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+
+import dery_cli
+from dery_cli.commands.assemble import assemble
+from dery_cli.commands.demo import demo
+from dery_cli.commands.embed import embed
+from dery_cli.commands.evaluate import evaluate
+from dery_cli.commands.finetune import finetune
+from dery_cli.commands.partition import partition
+from dery_cli.commands.sim import sim
+from dery_cli.commands.zoo import zoo_app
+from dery_cli.errors import DeryError, ExitCode
+from dery_cli.terminal import current_terminal
+
+SCHEMA = "dery/1"
+
+app = typer.Typer(
+    name="dery",
+    help=(
+        "Take a zoo of pretrained vision models apart and assemble, under a parameter and FLOP "
+        "budget, a new network from the parts.\n\n"
+        "In order: zoo add, embed, sim, partition, assemble, finetune, eval. "
+        "'dery demo' runs them all on a small zoo that comes with dery."
+    ),
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(zoo_app, name="zoo")
+app.command("embed")(embed)
+app.command("sim")(sim)
+app.command("partition")(partition)
+app.command("assemble")(assemble)
+app.command("finetune")(finetune)
+app.command("eval")(evaluate)
+app.command("demo")(demo)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"dery {dery_cli.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    pass
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived; unwinds like Ctrl-C, so that every ``finally`` runs."""
+
+
+def _on_sigterm(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run ``dery`` and exit with the code its outcome stands for."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command line; print its outcome and return the exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    wants_json = "--json" in args
+    name = _command_name(args)
+    result: Any = None
+    error: dict[str, Any] | None = None
+    code: int = ExitCode.OK
+    try:
+        result = typer.main.get_command(app).main(
+            args=list(args), prog_name="dery", standalone_mode=False
+        )
+        if isinstance(result, int):  # --help and --version
+            return result
+    except DeryError as failure:
+        code = failure.exit_code
+        error = {"code": failure.code, "message": failure.message, "hint": failure.hint}
+        if failure.details is not None:
+            error["details"] = failure.details
+    except (KeyboardInterrupt, typer.Abort):
+        code = ExitCode.INTERRUPTED
+        error = {"code": "interrupted", "message": "interrupted", "hint": None}
+    except _Terminated:
+        code = ExitCode.TERMINATED
+        error = {"code": "terminated", "message": "terminated by SIGTERM", "hint": None}
+    except typer.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        return ExitCode.FAILED
+    except Exception as failure:
+        if not hasattr(failure, "format_message"):  # a bug: its traceback is wanted
+            traceback.print_exc()
+            code = ExitCode.FAILED
+            error = {"code": "bug", "message": f"{type(failure).__name__}: {failure}", "hint": None}
+        else:  # what the command-line parser refuses
+            code = ExitCode.USAGE
+            message = str(failure.format_message()).strip()
+            if not message:  # no arguments: the help was printed
+                return ExitCode.USAGE
+            hint = f"{'dery ' + name if name else 'dery'} --help"
+            error = {"code": "usage", "message": message, "hint": hint}
+    terminal = current_terminal()
+    if error is not None and error["code"] != "bug":
+        terminal.err.print(f"error: {error['message']}", style="bold red", markup=False)
+        if error["hint"]:
+            terminal.err.print(f"  {error['hint']}", markup=False)
+    if wants_json:
+        outcome = {
+            "schema": SCHEMA,
+            "command": name,
+            "ok": error is None,
+            "result": result,
+            "error": error,
+            "warnings": terminal.warnings,
+        }
+        sys.stdout.write(json.dumps(outcome, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    return int(code)
+
+
+def _command_name(args: Sequence[str]) -> str:
+    words = []
+    for arg in args:
+        if arg.startswith("-"):
+            break
+        words.append(arg)
+        if words[0] != "zoo" or len(words) == 2:
+            break
+    return " ".join(words)

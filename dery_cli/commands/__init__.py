@@ -1,0 +1,1 @@
+"""One thin file a subcommand: options, core, artifacts, summary."""

@@ -1,0 +1,325 @@
+"""``dery assemble``: the best network of the zoo's parts that fits a budget (Eq. 8-11)."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dery_cli.artifacts import Artifact, transaction, unchanged, write_log
+from dery_cli.commands._options import (
+    DataOption,
+    DeviceOption,
+    Result,
+    SeedOption,
+    WorkersOption,
+    WorkspaceOption,
+    command,
+    open_workspace,
+)
+from dery_cli.config import AssembleConfig, Budget, show_count
+from dery_cli.data import fingerprint, open_data
+from dery_cli.errors import StaleError, UsageError
+from dery_cli.plugin import PROXY_GROUP, find_proxy, plugin_names
+from dery_cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dery_cli.assembling import Assembler, Scored
+
+PARTITION_HINT = "dery partition"
+
+
+@command
+def assemble(
+    terminal: Terminal,
+    max_params: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="At most so many parameters: 30M, 800k."),
+    ] = None,
+    min_params: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="At least so many parameters.")
+    ] = None,
+    max_flops: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="At most so many multiply-adds an image: 5G."),
+    ] = None,
+    min_flops: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="At least so many multiply-adds.")
+    ] = None,
+    data: DataOption = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the assembly.")] = "default",
+    candidates: Annotated[
+        int,
+        typer.Option("--candidates", "-n", help="Best of the program that are built and scored."),
+    ] = 32,
+    proxy: Annotated[
+        str | None,
+        typer.Option("--proxy", help="Score that decides: probe (needs labels), naswot, params."),
+    ] = None,
+    joint_weight: Annotated[
+        float,
+        typer.Option(
+            "--joint-weight", help="Weight of the joints' log R2 beside the blocks' gains."
+        ),
+    ] = AssembleConfig.joint_weight,
+    whole: Annotated[
+        bool, typer.Option("--whole/--no-whole", help="Let whole models of the zoo compete.")
+    ] = True,
+    fit_samples: Annotated[
+        int, typer.Option("--fit-samples", help="Calibration images that stitches are fitted on.")
+    ] = AssembleConfig.fit_samples,
+    target_samples: Annotated[
+        int, typer.Option("--target-samples", help="Target images for probes and the head.")
+    ] = AssembleConfig.target_samples,
+    max_seconds: Annotated[
+        float | None, typer.Option("--max-seconds", help="Stop the search after this time.")
+    ] = None,
+    workspace: WorkspaceOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    workers: WorkersOption = 0,
+) -> Result:
+    """Choose one block per stage and set within the budget, join them, and fit what joins them.
+
+    An integer program ranks the assemblies by what its blocks gain for the target and how well
+    their joints fit; the best of them, and the whole models within the budget, are built, and a
+    training-free proxy on the target's training images decides. The result works untrained.
+    """
+    config = AssembleConfig(
+        budget=Budget.parse(
+            max_params=max_params, min_params=min_params, max_flops=max_flops, min_flops=min_flops
+        ),
+        data=data,
+        name=name,
+        candidates=candidates,
+        proxy=proxy,
+        joint_weight=joint_weight,
+        whole=whole,
+        fit_samples=fit_samples,
+        target_samples=target_samples,
+        max_seconds=max_seconds,
+        seed=seed,
+    )
+    if proxy is not None and proxy not in plugin_names(PROXY_GROUP):
+        raise UsageError(
+            f"--proxy is '{proxy}'", f"choose from {', '.join(plugin_names(PROXY_GROUP))}"
+        )
+    space = open_workspace(workspace)
+    path = space.assembly(name)
+    with space.lock(terminal.note):
+        assembler, record, proxy_name = _prepare(space, config, device, workers)
+        found = unchanged(path, record)
+        if found is not None:
+            terminal.say(f"the assembly '{name}' is up to date")
+        else:
+            found = _assemble(terminal, path, assembler, record, proxy_name)
+    return _show(terminal, path, dict(found.data), name)
+
+
+def _prepare(
+    space: Any, config: AssembleConfig, device: str | None, workers: int
+) -> tuple[Assembler, Artifact, str]:
+    """Check the stages before, open the target, and say what the record will be."""
+    from dery_cli.artifacts import read_record
+    from dery_cli.assembling import Assembler, Target, choose_target
+    from dery_cli.embeddings import embed_command, read_embeddings
+    from dery_cli.loading import pick_device
+    from dery_cli.similarity_store import require_similarity
+    from dery_cli.zoo import require_zoo
+
+    zoo = require_zoo(space)
+    embeddings = read_embeddings(space, zoo)
+    partition = read_record(
+        space.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
+    )
+    stored = require_similarity(space, embeddings, partition.options["metric"])
+    if partition.parents["similarity"] != stored.record.sha256:
+        raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
+    calibration = open_data(embeddings.calibration.spec)
+    now = fingerprint(calibration.train, embeddings.calibration.indices)
+    if now != embeddings.calibration.digest:
+        raise StaleError(
+            f"the images of {embeddings.calibration.spec} changed since dery embed",
+            embed_command(dict(embeddings.options), embeddings.seed),
+        )
+    target_data = calibration if config.data is None else open_data(config.data)
+    indices = choose_target(target_data, config.target_samples, config.seed)
+    proxy_name = config.proxy or ("naswot" if target_data.classes is None else "probe")
+    if proxy_name == "probe" and target_data.classes is None:
+        raise UsageError(
+            f"--proxy probe needs labels, which {target_data.spec} has not",
+            "--data with class folders, or --proxy naswot",
+        )
+    target = Target(
+        data=target_data,
+        indices=indices,
+        crop=embeddings.calibration.crop,
+        batch_size=embeddings.calibration.batch_size,
+        device=pick_device(device),
+        workers=workers,
+    )
+    record = Artifact(
+        kind="assembly",
+        parents={
+            "partition": partition.sha256,
+            "target": fingerprint(target_data.train, indices),
+            **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
+        },
+        options={**config.options(), "data": target_data.spec, "proxy": proxy_name},
+        seed=config.seed,
+    )
+    assembler = Assembler(space, zoo, embeddings, calibration, partition, target, config)
+    return assembler, record, proxy_name
+
+
+def _assemble(
+    terminal: Terminal, path: Path, assembler: Assembler, record: Artifact, proxy_name: str
+) -> Artifact:
+    from dery_cli.assembling import check_size, pick
+    from dery_cli.assembly_store import MODEL_FILE, describe_network, licences, save_network
+    from dery_cli.model_card import model_card
+
+    started = time.monotonic()
+    config, target = assembler.config, assembler.target
+    if target.labels is None:
+        terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
+    with terminal.progress("probing blocks", len(assembler.zoo)) as bar:
+        gains = assembler.gains(bar.advance)
+    with terminal.progress("scoring joints", len(assembler.blocks)) as bar:
+        joints = assembler.joints(bar.advance)
+    problem = assembler.problem(gains, joints)
+    found, proof = assembler.candidates(problem)
+    if not proof["solver_agrees"]:
+        terminal.warn(f"CBC and the exact search disagree; the search counts: {proof['agreement']}")
+    proxy = find_proxy(proxy_name)
+    scored: list[Scored] = []
+    with terminal.progress("building candidates", len(found)) as bar:
+        for candidate in found:
+            scored.append(assembler.score(candidate, proxy))
+            bar.advance()
+    best = pick(scored)
+    chosen = best.candidate
+    network = assembler.finish(chosen)
+    check_size(network, chosen, target_shape := _input_shape(assembler, best))
+    rows = _comparison(assembler, problem, scored, best, proxy)
+    test_top1 = next(row["test_top1"] for row in rows if row["role"] == "picked")
+    data: dict[str, Any] = {
+        "network": describe_network(
+            assembler.zoo,
+            chosen.refs,
+            best.fits,
+            classes=target.data.classes,
+            crop=target.crop,
+            sets=chosen.sets,
+        ),
+        "name": str(chosen),
+        "whole": chosen.whole,
+        "params": chosen.params,
+        "flops": chosen.flops,
+        "input_shape": list(target_shape),
+        "budget": str(config.budget),
+        "target": target.data.spec,
+        "proxy": {"name": proxy_name, "score": best.proxy},
+        "program": {**proof, "score": chosen.program_score},
+        "licenses": licences(assembler.zoo, chosen.refs),
+        "comparison": rows,
+        "test_top1": test_top1,
+    }
+    ordered = sorted(scored, key=lambda entry: -entry.proxy)
+    listing = {
+        "schema": "dery/candidates/1",
+        "proxy": proxy_name,
+        "candidates": [entry.to_json() for entry in ordered],
+    }
+    with transaction(path) as work:
+        save_network(work.path(MODEL_FILE), network)
+        work.write_text("candidates.json", json.dumps(listing, indent=1) + "\n")
+        work.write_text("README.md", model_card(config.name, data))
+        found_record = work.commit(
+            Artifact(
+                kind="assembly",
+                parents=record.parents,
+                options=record.options,
+                seed=record.seed,
+                data=data,
+            )
+        )
+    write_log(path.parent / "assembly.log.json", {"seconds": time.monotonic() - started})
+    return found_record
+
+
+def _input_shape(assembler: Assembler, best: Scored) -> tuple[int, ...]:
+    spec = assembler.zoo[best.candidate.refs[0].donor].input
+    return (spec.in_chans, *spec.image_size)
+
+
+def _comparison(
+    assembler: Assembler, problem: Any, scored: list[Scored], best: Scored, proxy: Any
+) -> list[dict[str, Any]]:
+    """The pick beside the best whole model, a random assembly, and the largest candidate."""
+    from dery_cli.assembling import pick
+
+    entries = [("picked", best)]
+    wholes = [entry for entry in scored if entry.candidate.whole]
+    if wholes:
+        entries.append(("best whole model", pick(wholes)))
+    drawn = assembler.random_candidate(problem)
+    if drawn is not None:
+        entries.append(("random assembly", assembler.score(drawn, proxy)))
+    entries.append(("most params", max(scored, key=lambda entry: entry.candidate.params)))
+    rows = []
+    for role, entry in entries:
+        donor = entry.candidate.refs[0].donor
+        network = assembler.finish(entry.candidate)
+        rows.append(
+            {
+                "role": role,
+                **entry.to_json(),
+                "mean_r2": entry.r2,
+                "test_top1": assembler.test_accuracy(network, donor),
+            }
+        )
+    return rows
+
+
+def _show(terminal: Terminal, path: Path, data: dict[str, Any], name: str) -> Result:
+    proxy = data["proxy"]["name"]
+    terminal.table(
+        f"within {data['budget']}",
+        [
+            "",
+            "network: donor[first node:last node]",
+            "params",
+            "multiply-adds",
+            proxy,
+            "joint R2",
+            "test top-1 untrained",
+        ],
+        [
+            [
+                row["role"],
+                row["network"],
+                show_count(row["params"]),
+                show_count(row["flops"]),
+                f"{row['proxy']:.4f}",
+                None if row["mean_r2"] is None else f"{row['mean_r2']:.3f}",
+                None if row["test_top1"] is None else f"{row['test_top1']:.4f}",
+            ]
+            for row in data["comparison"]
+        ],
+        highlight=0,
+    )
+    if data["program"]["optimal"]:
+        terminal.say(
+            "the program's optimum is proven; the proxy chose among its best and the wholes"
+        )
+    else:
+        terminal.warn("time ran out before the program's optimum was proven")
+    if data["network"]["classes"] is None:
+        terminal.say("the target has no labels: the network ends at its pre-logits, without a head")
+    terminal.say(f"assembly '{name}' is in {path.parent}")
+    return {"assembly": name, "folder": str(path.parent), **data}

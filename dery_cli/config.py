@@ -1,0 +1,246 @@
+"""Options of the stages: frozen, checked when built, free of torch.
+
+Sizes are read as people write them: ``30M``, ``5G``, ``800k``, ``1.5B``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from decimal import Decimal
+from typing import Any, ClassVar
+
+from dery_cli.errors import UsageError
+
+_SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def parse_size(text: str, option: str) -> int:
+    """``30M`` -> 30,000,000.
+
+    Raises:
+        UsageError: Not a positive number with one of the suffixes, or not a whole count.
+    """
+    match = _SIZE.fullmatch(text)
+    accepted = "a positive number with k, M, G, B or T, such as 30M, 5G, 800k or 1.5B"
+    if match is None:
+        raise UsageError(f"{option}: '{text}' is not a size", f"accepted is {accepted}")
+    value = Decimal(match[1]).scaleb(_SUFFIXES[match[2].lower()])
+    if value != value.to_integral_value() or value <= 0:
+        raise UsageError(
+            f"{option}: '{text}' is not a positive whole count", f"accepted is {accepted}"
+        )
+    return int(value)
+
+
+def show_count(value: float) -> str:
+    """A count as people write it: 24_890_000 -> ``24.89M``."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.2f}{suffix}"
+    return f"{value:.0f}"
+
+
+def check_name(name: str, what: str) -> str:
+    """A name for a donor, an assembly or a run: ``[a-z0-9._-]``, not starting with a dot or dash.
+
+    Raises:
+        UsageError: Another character.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise UsageError(
+            f"bad {what} name: '{name}'", "use lower-case letters, digits, '.', '_', '-'"
+        )
+    return name
+
+
+def _positive(option: str, value: float, minimum: float = 1) -> None:
+    if value < minimum:
+        raise UsageError(f"{option} is {value}; it must be at least {minimum:g}")
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option} is '{value}'", f"choose from {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Options of ``dery embed``; all but ``workers`` belong to the artifact."""
+
+    data: str
+    samples: int = 2048
+    grid: int = 4
+    grid_samples: int = 256
+    batch_size: int = 64
+    dtype: str = "fp16"
+    crop: float = 0.95
+    seed: int = 0
+    workers: int = 0
+
+    DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+
+    def __post_init__(self) -> None:
+        _positive("--samples", self.samples, 4)
+        _positive("--grid", self.grid)
+        _positive("--grid-samples", self.grid_samples, 8)
+        _positive("--batch-size", self.batch_size)
+        _positive("--workers", self.workers, 0)
+        _one_of("--dtype", self.dtype, self.DTYPES)
+        if not 0 < self.crop <= 1:
+            raise UsageError(f"--crop is {self.crop}; it must be in (0, 1]")
+
+    def options(self) -> dict[str, Any]:
+        """What the artifact records."""
+        return {
+            "data": self.data,
+            "samples": self.samples,
+            "grid": self.grid,
+            "grid_samples": self.grid_samples,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "crop": self.crop,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """Options of ``dery partition``."""
+
+    blocks: int = 4
+    eps: float = 0.2
+    restarts: int = 200
+    size: str = "nodes"
+    metric: str = "cka"
+    max_seconds: float | None = None
+    seed: int = 0
+
+    SIZES: ClassVar[tuple[str, ...]] = ("nodes", "macs", "params")
+
+    def __post_init__(self) -> None:
+        _positive("-K", self.blocks)
+        if self.blocks > 8:
+            raise UsageError(f"-K is {self.blocks}; at most 8 blocks are supported")
+        _positive("--eps", self.eps, 0)
+        _positive("--restarts", self.restarts)
+        _one_of("--size", self.size, self.SIZES)
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "blocks": self.blocks,
+            "eps": self.eps,
+            "restarts": self.restarts,
+            "size": self.size,
+            "metric": self.metric,
+            "max_seconds": self.max_seconds,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Inclusive limits on parameters and multiply-adds; None where there is none."""
+
+    max_params: int | None = None
+    min_params: int | None = None
+    max_flops: int | None = None
+    min_flops: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, low, high in (
+            ("params", self.min_params, self.max_params),
+            ("flops", self.min_flops, self.max_flops),
+        ):
+            if low is not None and high is not None and low > high:
+                raise UsageError(
+                    f"--min-{what} {show_count(low)} is above --max-{what} {show_count(high)}"
+                )
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        max_params: str | None,
+        min_params: str | None,
+        max_flops: str | None,
+        min_flops: str | None,
+    ) -> Budget:
+        """From the options' texts.
+
+        Raises:
+            UsageError: A size that cannot be read, or a minimum above its maximum.
+        """
+
+        def read(text: str | None, option: str) -> int | None:
+            return None if text is None else parse_size(text, option)
+
+        return cls(
+            max_params=read(max_params, "--max-params"),
+            min_params=read(min_params, "--min-params"),
+            max_flops=read(max_flops, "--max-flops"),
+            min_flops=read(min_flops, "--min-flops"),
+        )
+
+    def admits(self, params: int, flops: int) -> bool:
+        """Whether a network of this size is within all limits."""
+        return (
+            (self.max_params is None or params <= self.max_params)
+            and (self.min_params is None or params >= self.min_params)
+            and (self.max_flops is None or flops <= self.max_flops)
+            and (self.min_flops is None or flops >= self.min_flops)
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word} {show_count(value)} {unit}"
+            for word, value, unit in (
+                ("at most", self.max_params, "params"),
+                ("at least", self.min_params, "params"),
+                ("at most", self.max_flops, "multiply-adds"),
+                ("at least", self.min_flops, "multiply-adds"),
+            )
+            if value is not None
+        ]
+        return ", ".join(parts) or "no limit"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AssembleConfig:
+    """Options of ``dery assemble``."""
+
+    budget: Budget = Budget()
+    data: str | None = None
+    name: str = "default"
+    candidates: int = 32
+    proxy: str | None = None
+    joint_weight: float = 0.1
+    whole: bool = True
+    fit_samples: int = 512
+    target_samples: int = 2048
+    max_seconds: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "assembly")
+        _positive("--candidates", self.candidates)
+        _positive("--fit-samples", self.fit_samples, 8)
+        _positive("--target-samples", self.target_samples, 8)
+        _positive("--joint-weight", self.joint_weight, 0)
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "budget": dataclasses.asdict(self.budget),
+            "data": self.data,
+            "candidates": self.candidates,
+            "proxy": self.proxy,
+            "joint_weight": self.joint_weight,
+            "whole": self.whole,
+            "fit_samples": self.fit_samples,
+            "target_samples": self.target_samples,
+            "max_seconds": self.max_seconds,
+        }

@@ -1,0 +1,293 @@
+"""Ridge regression from streamed normal equations, and the closed-form classifier built on it.
+
+Legend: N samples, R rows (samples times positions), G grid positions, C input channels, D output
+channels, F folds.
+
+Everything is accumulated in float64. A fold keeps its own sums, so that leave-one-fold-out
+cross-validation needs no second pass over the data: the statistics of the training part are the
+total less the fold's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RIDGE_PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidate penalties, in units of the mean eigenvalue of the centred input Gram."""
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Sufficient statistics of one fold."""
+
+    gram_CC: Tensor
+    cross_CD: Tensor
+    square: Tensor
+    sum_x_GC: Tensor
+    sum_y_GD: Tensor
+    images: float = 0.0
+
+    @classmethod
+    def zeros(cls, groups: int, c: int, d: int, device: torch.device) -> _Sums:
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(empty(c, c), empty(c, d), empty(1)[0], empty(groups, c), empty(groups, d))
+
+    def combine(self, other: _Sums, sign: float) -> _Sums:
+        return _Sums(
+            self.gram_CC + sign * other.gram_CC,
+            self.cross_CD + sign * other.cross_CD,
+            self.square + sign * other.square,
+            self.sum_x_GC + sign * other.sum_x_GC,
+            self.sum_y_GD + sign * other.sum_y_GD,
+            self.images + sign * other.images,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RidgeFit:
+    """A fitted affine map y = x W + b.
+
+    Args:
+        weight_CD: The map W.
+        bias_GD: The offset b, one row a position, or a single row shared by all.
+        r2: Cross-validated R2 over all outputs, 1 - SSE/SST; minus infinity is never returned.
+        penalty: The chosen penalty in units of the mean eigenvalue.
+    """
+
+    weight_CD: Tensor
+    bias_GD: Tensor
+    r2: float
+    penalty: float
+
+
+class RidgeStatistics:
+    """Normal equations of a multi-output ridge regression, one set a fold.
+
+    Args:
+        groups: Positions G that may have a bias of their own.
+        in_chs: C.
+        out_chs: D.
+        folds: F; a sample belongs to one fold with all its positions.
+        device: Where the sums are kept.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        in_chs: int,
+        out_chs: int,
+        *,
+        folds: int = 4,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.groups, self.in_chs, self.out_chs = groups, in_chs, out_chs
+        self.folds = [_Sums.zeros(groups, in_chs, out_chs, self.device) for _ in range(folds)]
+
+    def update(self, x_NGC: Tensor, y_NGD: Tensor, fold_N: Tensor) -> None:
+        """Add samples; ``fold_N`` says which fold each belongs to."""
+        x_NGC = x_NGC.to(self.device, torch.float64)
+        y_NGD = y_NGD.to(self.device, torch.float64)
+        for index, sums in enumerate(self.folds):
+            rows = (fold_N == index).nonzero().flatten().to(self.device)
+            if len(rows) == 0:
+                continue
+            x, y = x_NGC[rows], y_NGD[rows]
+            x_RC, y_RD = x.flatten(0, 1), y.flatten(0, 1)
+            sums.gram_CC += x_RC.T @ x_RC
+            sums.cross_CD += x_RC.T @ y_RD
+            sums.square += y_RD.square().sum()
+            sums.sum_x_GC += x.sum(0)
+            sums.sum_y_GD += y.sum(0)
+            sums.images += len(rows)
+
+    def solve(
+        self, *, position_bias: bool, penalties: Sequence[float] = RIDGE_PENALTIES
+    ) -> RidgeFit:
+        """The ridge map, its penalty chosen by cross-validation over the folds.
+
+        Args:
+            position_bias: One offset a position instead of one for all.
+            penalties: Candidates, in units of the mean eigenvalue of the centred Gram.
+        """
+        total = self.folds[0]
+        for sums in self.folds[1:]:
+            total = total.combine(sums, 1.0)
+        used = [sums for sums in self.folds if sums.images > 0]
+        errors = torch.zeros(len(penalties), dtype=torch.float64, device=self.device)
+        spread = torch.zeros((), dtype=torch.float64, device=self.device)
+        if len(used) > 1:
+            for held_out in used:
+                train = _Centred.of(total.combine(held_out, -1.0), position_bias)
+                test = _Centred.of(held_out, position_bias, centre=train)
+                errors += train.errors(test, penalties)
+                spread += test.square
+            best = int(errors.argmin())
+            r2 = float(1 - errors[best] / spread) if spread > 0 else 0.0
+        else:
+            best, r2 = len(penalties) // 2, 0.0
+        centred = _Centred.of(total, position_bias)
+        weight_CD = centred.weights(penalties[best])
+        bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
+        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), penalties[best])
+
+
+@dataclasses.dataclass
+class _Centred:
+    """Centred second moments, and the eigenbasis of the input Gram."""
+
+    gram_CC: Tensor
+    cross_CD: Tensor
+    square: Tensor
+    mean_x_GC: Tensor
+    mean_y_GD: Tensor
+
+    @classmethod
+    def of(cls, sums: _Sums, position_bias: bool, centre: _Centred | None = None) -> _Centred:
+        """Moments about the own means, or about ``centre``'s where given (held-out data)."""
+        groups = sums.sum_x_GC.shape[0]
+        count = sums.images if position_bias else sums.images * groups
+        sum_x, sum_y = sums.sum_x_GC, sums.sum_y_GD
+        if not position_bias:
+            sum_x, sum_y = sum_x.sum(0, keepdim=True), sum_y.sum(0, keepdim=True)
+        if centre is None:
+            mean_x, mean_y = sum_x / count, sum_y / count
+        else:
+            mean_x, mean_y = centre.mean_x_GC, centre.mean_y_GD
+        gram = sums.gram_CC - sum_x.T @ mean_x - mean_x.T @ sum_x + count * (mean_x.T @ mean_x)
+        cross = sums.cross_CD - sum_x.T @ mean_y - mean_x.T @ sum_y + count * (mean_x.T @ mean_y)
+        square = sums.square - 2 * (sum_y * mean_y).sum() + count * mean_y.square().sum()
+        return cls(gram, cross, square, mean_x, mean_y)
+
+    def _eigen(self) -> tuple[Tensor, Tensor, float]:
+        values, vectors = torch.linalg.eigh(self.gram_CC)
+        values = values.clamp(min=0)
+        return values, vectors, float(values.mean())
+
+    def weights(self, penalty: float) -> Tensor:
+        values, vectors, scale = self._eigen()
+        if scale == 0:
+            return torch.zeros_like(self.cross_CD)
+        shrunk_CD = (vectors.T @ self.cross_CD) / (values + penalty * scale)[:, None]
+        return vectors @ shrunk_CD
+
+    def errors(self, test: _Centred, penalties: Sequence[float]) -> Tensor:
+        """Squared error on ``test`` of the maps for each penalty."""
+        values, vectors, scale = self._eigen()
+        if scale == 0:
+            return test.square.expand(len(penalties)).clone()
+        cross_CD = vectors.T @ self.cross_CD
+        test_cross_CD = vectors.T @ test.cross_CD
+        test_gram_CC = vectors.T @ test.gram_CC @ vectors
+        answer = []
+        for penalty in penalties:
+            weight_CD = cross_CD / (values + penalty * scale)[:, None]
+            fitted = (weight_CD * (test_gram_CC @ weight_CD)).sum()
+            answer.append(test.square - 2 * (weight_CD * test_cross_CD).sum() + fitted)
+        return torch.stack(answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearClassifier:
+    """A closed-form linear classifier: logits = x W + b.
+
+    Args:
+        weight_CD: (C, classes).
+        bias_D: (classes,).
+        accuracy: Cross-validated top-1 accuracy on the data it was fitted to.
+    """
+
+    weight_CD: Tensor
+    bias_D: Tensor
+    accuracy: float
+
+
+def stratified_folds(label_N: Tensor, folds: int) -> Tensor:
+    """A fold index a sample, round robin within each class: deterministic and balanced."""
+    fold_N = torch.zeros(len(label_N), dtype=torch.int64)
+    offset = 0
+    for label in sorted(set(label_N.tolist())):
+        members = (label_N == label).nonzero().flatten()
+        fold_N[members] = (torch.arange(len(members)) + offset) % folds
+        offset += len(members)
+    return fold_N
+
+
+def fit_classifier(
+    x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int = 5
+) -> LinearClassifier:
+    """Ridge regression to one-hot targets, penalty and temperature by cross-validation.
+
+    Channels are standardised first, so that one penalty suits them all; the temperature scales the
+    logits to the lowest cross-validated cross-entropy, which leaves fine-tuning a sane start.
+
+    Args:
+        x_NC: Features.
+        label_N: Class indices.
+        num_classes: D.
+        folds: Cross-validation folds, fewer where a class has fewer members.
+    """
+    x_NC = x_NC.double().cpu()
+    label_N = label_N.cpu()
+    mean_C = x_NC.mean(0)
+    std_C = x_NC.std(0, correction=0)
+    scale_C = torch.where(std_C > 1e-8 * std_C.max().clamp(min=1e-30), 1 / std_C, 0.0)
+    z_NC = (x_NC - mean_C) * scale_C
+    target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
+    fold_N = stratified_folds(label_N, folds)
+    score_PND = _cross_validated_scores(z_NC, target_ND, fold_N, folds)
+    hits_P = (score_PND.argmax(-1) == label_N).double().mean(-1)
+    loss_P = (score_PND - target_ND).square().mean((-1, -2))
+    # most accurate first; among equals the smallest squared error
+    best = min(
+        range(len(RIDGE_PENALTIES)), key=lambda p: (-round(float(hits_P[p]), 9), float(loss_P[p]))
+    )
+    temperature = _best_temperature(score_PND[best], label_N)
+    weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (RIDGE_PENALTIES[best],))[0]
+    weight_CD = temperature * weight_CD * scale_C[:, None]
+    bias_D = temperature * offset_D - mean_C @ weight_CD
+    return LinearClassifier(weight_CD, bias_D, float(hits_P[best]))
+
+
+def _kernel_ridge(
+    x_NC: Tensor, y_ND: Tensor, penalties: Sequence[float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Ridge maps and offsets for each penalty, through the thin SVD of the centred input."""
+    mean_x, mean_y = x_NC.mean(0), y_ND.mean(0)
+    u_NR, s_R, vh_RC = torch.linalg.svd(x_NC - mean_x, full_matrices=False)
+    unit = float(s_R.square().sum()) / max(1, min(x_NC.shape)) or 1.0
+    uy_RD = u_NR.T @ (y_ND - mean_y)
+    maps = []
+    for penalty in penalties:
+        weight_CD = vh_RC.T @ ((s_R / (s_R.square() + penalty * unit))[:, None] * uy_RD)
+        maps.append((weight_CD, mean_y - mean_x @ weight_CD))
+    return maps
+
+
+def _cross_validated_scores(x_NC: Tensor, y_ND: Tensor, fold_N: Tensor, folds: int) -> Tensor:
+    score_PND = torch.zeros((len(RIDGE_PENALTIES), *y_ND.shape), dtype=torch.float64)
+    for fold in range(folds):
+        held_out = fold_N == fold
+        if not held_out.any() or held_out.all():
+            continue
+        maps = _kernel_ridge(x_NC[~held_out], y_ND[~held_out], RIDGE_PENALTIES)
+        for index, (weight_CD, offset_D) in enumerate(maps):
+            score_PND[index, held_out] = x_NC[held_out] @ weight_CD + offset_D
+    return score_PND
+
+
+def _best_temperature(score_ND: Tensor, label_N: Tensor) -> float:
+    grid = torch.logspace(0, 2, 41, dtype=torch.float64)
+    losses = [float(torch.nn.functional.cross_entropy(score_ND * float(t), label_N)) for t in grid]
+    return float(grid[min(range(len(losses)), key=losses.__getitem__)])
+
+
+def probe_accuracy(x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int = 5) -> float:
+    """Cross-validated accuracy of the closed-form classifier: the probe q at a node."""
+    return fit_classifier(x_NC, label_N, num_classes, folds=folds).accuracy

@@ -1,0 +1,251 @@
+"""From the artifacts of embed, sim and partition to the numbers of the assembly program.
+
+Blocks get their gains (probe accuracy at the end less that at the beginning), edges the R2 of the
+linear stitch between their nodes, both their exact costs; ``core.assemble`` does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dery_cli.config import Budget
+from dery_cli.core.assemble import AssemblyProblem, Resource
+from dery_cli.core.dissect import Dissection
+from dery_cli.core.features import pool_node
+from dery_cli.core.joints import joint_r2, joint_score
+from dery_cli.core.network import needs_stitch
+from dery_cli.core.ridge import probe_accuracy
+from dery_cli.core.stitch import StitchCost, stitch_cost
+from dery_cli.embeddings import Embeddings
+from dery_cli.types import BlockRef, Node
+from dery_cli.zoo import Zoo
+
+MICRO = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacedBlock:
+    """A block of the partition with its stage index and equivalence set (both from 0)."""
+
+    ref: BlockRef
+    stage: int
+    set_index: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joint:
+    """A joint the program may use.
+
+    Args:
+        cost: Of the stitch; nothing where the blocks are neighbours in one donor.
+        r2: Cross-validated R2 of the linear stitch; 1 without a stitch.
+    """
+
+    cost: StitchCost
+    r2: float
+
+
+def head_cost(num_chs: int, num_classes: int | None) -> StitchCost:
+    """Cost of the linear head, nothing without classes."""
+    if num_classes is None:
+        return StitchCost(0, 0)
+    return StitchCost(num_chs * num_classes + num_classes, num_chs * num_classes)
+
+
+def boundary_nodes(blocks: Sequence[PlacedBlock]) -> dict[str, list[int]]:
+    """The nodes at which each donor's blocks begin and end, node 0 left out."""
+    nodes: dict[str, set[int]] = {}
+    for block in blocks:
+        nodes.setdefault(block.ref.donor, set()).update((block.ref.start, block.ref.stop))
+    return {donor: sorted(found - {0}) for donor, found in nodes.items()}
+
+
+def node_of(zoo: Zoo, donor: str, index: int) -> Node:
+    """A registered node."""
+    return zoo[donor].anatomy.nodes[index]
+
+
+def probe_nodes(
+    dissection: Dissection,
+    nodes: Sequence[int],
+    batches: Iterator[Tensor],
+    labels: Sequence[int],
+    num_classes: int,
+) -> dict[int, float]:
+    """Cross-validated probe accuracy q at some nodes of a donor, in one pass over the images.
+
+    The probe sees what the similarity sees, the mean over positions, and the prefix tokens.
+    """
+    wanted = set(nodes)
+    kept: dict[int, list[Tensor]] = {index: [] for index in nodes}
+    with torch.inference_mode():
+        for x in batches:
+            for index, raw in enumerate(dissection.features(x)):
+                if index not in wanted:
+                    continue
+                node = dissection.anatomy.nodes[index]
+                pooled = pool_node(raw, node, grid=1)
+                summary = torch.cat([pooled.feat_NC, pooled.prefix_NTC.flatten(1)], dim=1)
+                kept[index].append(summary.float().cpu())
+    label_N = torch.tensor(list(labels))
+    return {
+        index: probe_accuracy(torch.cat(parts), label_N, num_classes)
+        for index, parts in kept.items()
+    }
+
+
+def score_joints(
+    blocks: Sequence[PlacedBlock],
+    embeddings: Embeddings,
+    advance: Callable[[], None],
+) -> dict[tuple[int, int], Joint]:
+    """Cost and R2 of every joint between blocks of consecutive stages, by block numbers.
+
+    Args:
+        blocks: Candidate blocks; their positions are the numbers.
+        embeddings: Grid features of the donors.
+        advance: Called once a source block.
+    """
+    zoo = embeddings.zoo
+    features = _GridFeatures(embeddings)
+    joints: dict[tuple[int, int], Joint] = {}
+    by_stage: dict[int, list[int]] = {}
+    for number, block in enumerate(blocks):
+        by_stage.setdefault(block.stage, []).append(number)
+    for number, block in enumerate(blocks):
+        followers = by_stage.get(block.stage + 1, [])
+        stitched: dict[int, tuple[Node, Tensor]] = {}
+        for follower in followers:
+            after = blocks[follower].ref
+            if needs_stitch(block.ref, after):
+                node = node_of(zoo, after.donor, after.start)
+                stitched[follower] = (node, features(after.donor, after.start))
+            else:
+                joints[number, follower] = Joint(cost=StitchCost(0, 0), r2=1.0)
+        if stitched:
+            source = node_of(zoo, block.ref.donor, block.ref.stop)
+            scores = joint_r2(source, features(block.ref.donor, block.ref.stop), stitched)
+            for follower, r2 in scores.items():
+                cost = stitch_cost(source, stitched[follower][0])
+                joints[number, follower] = Joint(cost=cost, r2=r2)
+        advance()
+    return joints
+
+
+class _GridFeatures:
+    """Grid features by donor and node, read once."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+        self._kept: dict[tuple[str, int], Tensor] = {}
+
+    def __call__(self, donor: str, node: int) -> Tensor:
+        key = (donor, node)
+        if key not in self._kept:
+            self._kept[key] = self._embeddings.whole(donor, node, "feat_NGC")
+        return self._kept[key]
+
+
+def build_problem(
+    blocks: Sequence[PlacedBlock],
+    zoo: Zoo,
+    joints: Mapping[tuple[int, int], Joint],
+    gains: Mapping[BlockRef, float] | None,
+    *,
+    num_classes: int | None,
+    budget: Budget,
+    joint_weight: float,
+) -> AssemblyProblem:
+    """The program of Eq. 8-11 in integers.
+
+    Score: the summed gains of the blocks (where there are labels) plus ``joint_weight`` times the
+    summed log max(R2, 0.01) of the joints, rounded to millionths.
+    """
+    last_stage = max(block.stage for block in blocks)
+    donors = {name: number for number, name in enumerate(zoo.names())}
+    params_B, flops_B = [], []
+    for block in blocks:
+        anatomy = zoo[block.ref.donor].anatomy
+        extra = StitchCost(0, 0)
+        if block.stage == last_stage:
+            extra = head_cost(anatomy.nodes[-1].num_chs, num_classes)
+        params_B.append(anatomy.params(block.ref.start, block.ref.stop) + extra.params)
+        flops_B.append(anatomy.flops(block.ref.start, block.ref.stop) + extra.flops)
+    pairs = sorted(joints)
+    costs = [joints[pair].cost for pair in pairs]
+    weight = joint_weight if gains is not None else 1.0
+    score_B = [0 if gains is None else round(MICRO * gains[b.ref]) for b in blocks]
+    score_E = [round(MICRO * weight * joint_score(joints[pair].r2)) for pair in pairs]
+    return AssemblyProblem(
+        num_stages=last_stage + 1,
+        num_sets=1 + max(block.set_index for block in blocks),
+        stage_B=np.array([b.stage for b in blocks], dtype=np.int64),
+        set_B=np.array([b.set_index for b in blocks], dtype=np.int64),
+        donor_B=np.array([donors[b.ref.donor] for b in blocks], dtype=np.int64),
+        score_B=np.array(score_B, dtype=np.int64),
+        src_E=np.array([pair[0] for pair in pairs], dtype=np.int64),
+        dst_E=np.array([pair[1] for pair in pairs], dtype=np.int64),
+        score_E=np.array(score_E, dtype=np.int64),
+        resources=(
+            Resource(
+                name="params",
+                cost_B=np.array(params_B, dtype=np.int64),
+                cost_E=np.array([c.params for c in costs], dtype=np.int64),
+                minimum=budget.min_params,
+                maximum=budget.max_params,
+            ),
+            Resource(
+                name="flops",
+                cost_B=np.array(flops_B, dtype=np.int64),
+                cost_E=np.array([c.flops for c in costs], dtype=np.int64),
+                minimum=budget.min_flops,
+                maximum=budget.max_flops,
+            ),
+        ),
+    )
+
+
+def whole_model(zoo: Zoo, donor: str) -> BlockRef:
+    """A whole donor as one block."""
+    return BlockRef(donor, 0, zoo[donor].anatomy.num_units)
+
+
+def merged(refs: Sequence[BlockRef]) -> tuple[BlockRef, ...]:
+    """The blocks with neighbours of one donor joined, so that equal networks compare equal."""
+    out: list[BlockRef] = []
+    for ref in refs:
+        if out and not needs_stitch(out[-1], ref):
+            out[-1] = BlockRef(ref.donor, out[-1].start, ref.stop)
+        else:
+            out.append(ref)
+    return tuple(out)
+
+
+def network_cost(zoo: Zoo, refs: Sequence[BlockRef], num_classes: int | None) -> StitchCost:
+    """Parameters and multiply-adds of a network: blocks, stitches and head."""
+    params = flops = 0
+    for index, ref in enumerate(refs):
+        anatomy = zoo[ref.donor].anatomy
+        params += anatomy.params(ref.start, ref.stop)
+        flops += anatomy.flops(ref.start, ref.stop)
+        if index and needs_stitch(refs[index - 1], ref):
+            before = refs[index - 1]
+            cost = stitch_cost(
+                node_of(zoo, before.donor, before.stop), node_of(zoo, ref.donor, ref.start)
+            )
+            params, flops = params + cost.params, flops + cost.flops
+    head = head_cost(node_of(zoo, refs[-1].donor, refs[-1].stop).num_chs, num_classes)
+    return StitchCost(params + head.params, flops + head.flops)
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """Of the joints' R2, as a summary of an assembly; None where there is no joint."""
+    if not values:
+        return None
+    return math.exp(sum(joint_score(value) for value in values) / len(values))

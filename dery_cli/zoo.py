@@ -1,0 +1,288 @@
+"""The model zoo of a workspace: specs, donors and their weights.
+
+``zoo.json`` holds what every later stage needs to know of a donor without building it. Models are
+built through the plugins of the entry-point group ``dery.zoo`` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dery_cli.artifacts import Artifact, Workspace, read_record, write_record
+from dery_cli.config import check_name
+from dery_cli.errors import DeryError, StaleError, UsageError
+from dery_cli.plugin import ZOO_GROUP, ZooPlugin, find_plugin, plugin_names
+from dery_cli.types import Donor, ModelCard
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dery_cli.core.dissect import Dissection
+
+ADD_HINT = "dery zoo add SPEC (dery zoo plugins lists what can be added)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A parsed ``plugin/name[.tag]``."""
+
+    plugin: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.plugin}/{self.model}"
+
+
+def parse_spec(text: str) -> Spec:
+    """Split a model spec.
+
+    Raises:
+        UsageError: It has no slash, or an empty part.
+    """
+    plugin, slash, model = text.partition("/")
+    if not (plugin and slash and model):
+        names = ", ".join(plugin_names(ZOO_GROUP))
+        raise UsageError(
+            f"'{text}' is not a model spec", f"write PLUGIN/NAME[.TAG]; plugins are {names}"
+        )
+    return Spec(plugin, model)
+
+
+def default_name(spec: Spec) -> str:
+    """A donor's name where none is given: its spec with ``/`` written ``__``, lower case."""
+    return str(spec).replace("/", "__").lower()
+
+
+def resolve(spec: Spec) -> tuple[ZooPlugin, ModelCard]:
+    """The plugin and the model's card; builds nothing.
+
+    Raises:
+        UsageError: No such plugin or model; close names are listed.
+    """
+    plugin = find_plugin(ZOO_GROUP, spec.plugin, ZooPlugin, what="zoo plugin")
+    try:
+        return plugin, plugin.card(spec.model)
+    except KeyError:
+        names = list(plugin.list_models())
+        close = difflib.get_close_matches(spec.model, names, n=3, cutoff=0.5)
+        hint = (
+            f"did you mean {' or '.join(f'{spec.plugin}/{name}' for name in close)}?"
+            if close
+            else f"dery zoo plugins --models {spec.plugin} lists its {len(names)} models"
+        )
+        raise UsageError(f"the plugin '{spec.plugin}' has no model '{spec.model}'", hint) from None
+
+
+def build_model(
+    spec: Spec, plugin: ZooPlugin, *, pretrained: bool, image_size: tuple[int, int] | None
+) -> nn.Module:
+    """Build a model through its plugin, in eval mode.
+
+    Raises:
+        UsageError: The image size does not suit it.
+        DeryError: Its weights cannot be had.
+    """
+    try:
+        model = plugin.build(spec.model, pretrained=pretrained, image_size=image_size)
+    except ValueError as error:
+        raise UsageError(f"{spec}: {error}") from error
+    except OSError as error:
+        raise DeryError(
+            f"cannot get the weights of {spec}: {error}",
+            "give a local checkpoint with --weights FILE, or random weights with --no-pretrained",
+        ) from error
+    return model.eval()
+
+
+def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Hash over the sorted names, types, shapes and bytes of a state dict."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def dissect_donor(model: nn.Module, card: ModelCard, spec: Spec, plugin: ZooPlugin) -> Dissection:
+    """Dissect a built model, with the plugin's own nodes where it names some."""
+    import torch
+
+    from dery_cli.core.dissect import dissect
+
+    explicit = getattr(plugin, "nodes", None)
+    nodes = explicit(spec.model) if explicit is not None else None
+    parameter = next(model.parameters())
+    example = torch.zeros(1, card.input.in_chans, *card.input.image_size, device=parameter.device)
+    return dissect(model, example, nodes=nodes)
+
+
+def prepare_donor(
+    text: str,
+    *,
+    name: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    pretrained: bool = True,
+    weights: Path | None = None,
+    allow_partial: bool = False,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> tuple[Donor, Dissection]:
+    """Build, load, hash and dissect one model: what ``zoo add`` registers.
+
+    Args:
+        text: Model spec.
+        name: Name in the zoo; from the spec where None.
+        image_size: (height, width) of the input in pixels; the model's own where None.
+        pretrained: Load the plugin's weights; otherwise they are random, by ``seed``.
+        weights: Local checkpoint to load instead.
+        allow_partial: Load ``weights`` though keys are missing or unexpected.
+        device: Where the dissected model goes.
+        seed: For random weights.
+
+    Raises:
+        UsageError: Unknown plugin or model, bad name or size, weights of another architecture.
+        DeryError: The weights cannot be had or read, or the model has no node to cut at.
+    """
+    import torch
+
+    spec = parse_spec(text)
+    name = check_name(name or default_name(spec), "donor")
+    plugin, card = resolve(spec)
+    size = None if image_size == card.input.image_size else image_size
+    if size is not None:
+        card = dataclasses.replace(card, input=dataclasses.replace(card.input, image_size=size))
+    if weights is not None:
+        pretrained = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(spec, plugin, pretrained=pretrained, image_size=size)
+    if weights is not None:
+        from dery_cli.checkpoints import load_weights
+
+        load_weights(model, weights, allow_partial=allow_partial)
+    weights_hash = weights_sha256(model.state_dict())
+    dissection = dissect_donor(model.to(device), card, spec, plugin)
+    donor = Donor(
+        name=name,
+        spec=str(spec),
+        weights_sha256=weights_hash,
+        weights=None if weights is None else weights.name,
+        pretrained=pretrained,
+        card=card,
+        anatomy=dissection.anatomy,
+    )
+    return donor, dissection
+
+
+def load_donor(
+    donor: Donor,
+    workspace: Workspace,
+    *,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+) -> Dissection:
+    """Build a registered donor again, with its weights, and dissect it.
+
+    Args:
+        donor: From the zoo.
+        workspace: Where a copy of its local checkpoint is kept, if it has one.
+        device: Where the model goes.
+        verify: Check that weights and nodes are those that were registered.
+
+    Raises:
+        DeryError: Its weights or its nodes are no longer what was registered.
+    """
+    again, dissection = prepare_donor(
+        donor.spec,
+        name=donor.name,
+        image_size=donor.input.image_size,
+        pretrained=donor.pretrained,
+        weights=None if donor.weights is None else workspace.root / donor.weights,
+        device=device,
+    )
+    hint = f"dery zoo remove {donor.name}, then dery zoo add {donor.spec}"
+    if verify and again.weights_sha256 != donor.weights_sha256:
+        raise DeryError(
+            f"the weights of {donor.name} changed: sha256 {again.weights_sha256[:12]}, "
+            f"registered {donor.weights_sha256[:12]}",
+            hint,
+        )
+    if verify and again.anatomy.to_json() != donor.anatomy.to_json():
+        raise DeryError(f"{donor.name} no longer dissects into the nodes it was added with", hint)
+    return dissection
+
+
+class Zoo:
+    """The registered donors of a workspace, in the order of their names."""
+
+    def __init__(self, donors: Iterable[Donor]) -> None:
+        self.donors = {donor.name: donor for donor in sorted(donors, key=lambda d: d.name)}
+
+    def __len__(self) -> int:
+        return len(self.donors)
+
+    def __getitem__(self, name: str) -> Donor:
+        if name not in self.donors:
+            close = difflib.get_close_matches(name, self.donors, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(close)}?" if close else "dery zoo list"
+            raise UsageError(f"no donor named '{name}' in the zoo", hint)
+        return self.donors[name]
+
+    def names(self) -> list[str]:
+        return list(self.donors)
+
+    def with_donor(self, donor: Donor) -> Zoo:
+        """A zoo with one more donor.
+
+        Raises:
+            UsageError: The name is taken by another model.
+        """
+        present = self.donors.get(donor.name)
+        if present is not None and present != donor:
+            raise UsageError(
+                f"the zoo has a donor named '{donor.name}' already, of {present.spec}",
+                f"choose a name with --as NAME, or dery zoo remove {donor.name} first",
+            )
+        return Zoo([*self.donors.values(), donor])
+
+    def without(self, name: str) -> Zoo:
+        """The zoo less one donor."""
+        gone = self[name]
+        return Zoo(donor for donor in self.donors.values() if donor is not gone)
+
+
+def read_zoo(workspace: Workspace) -> Zoo:
+    """The workspace's zoo; an empty one where none was written yet."""
+    if not workspace.zoo.exists():
+        return Zoo([])
+    artifact = read_record(workspace.zoo, "zoo", missing="there is no zoo", hint=ADD_HINT)
+    return Zoo(Donor.from_json(entry) for entry in artifact.data["donors"])
+
+
+def require_zoo(workspace: Workspace) -> Zoo:
+    """The workspace's zoo.
+
+    Raises:
+        StaleError: It is empty.
+    """
+    zoo = read_zoo(workspace)
+    if len(zoo) == 0:
+        raise StaleError(f"the zoo in {workspace.root} is empty", ADD_HINT)
+    return zoo
+
+
+def write_zoo(workspace: Workspace, zoo: Zoo) -> None:
+    """Replace ``zoo.json``."""
+    write_record(
+        workspace.zoo,
+        Artifact(kind="zoo", data={"donors": [d.to_json() for d in zoo.donors.values()]}),
+    )
