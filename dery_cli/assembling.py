@@ -18,7 +18,9 @@ from torch import Tensor
 
 from dery_cli.artifacts import Artifact, Workspace
 from dery_cli.config import AssembleConfig
-from dery_cli.core.assemble import AssemblyProblem, cross_check, n_best, random_feasible, solve
+from dery_cli.core.assemble import AssemblyProblem, cross_check, n_best, solve
+from dery_cli.core.assemble_explain import explain
+from dery_cli.core.assemble_frontier import random_feasible
 from dery_cli.core.dissect import Dissection
 from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
 from dery_cli.core.proxies import ProxyInputs, pre_logits
@@ -36,6 +38,7 @@ from dery_cli.reassembly import (
     boundary_nodes,
     build_problem,
     geometric_mean,
+    joint_costs,
     merged,
     network_cost,
     probe_nodes,
@@ -195,6 +198,17 @@ class Assembler:
                 keep=True,
             )
         return self._views[key]
+
+    def check_budget(self) -> None:
+        """Refuse a budget that nothing fits, before anything is built.
+
+        Raises:
+            InfeasibleError: No assembly and no whole model is within it.
+        """
+        problem = self.problem(None, joint_costs(self.blocks, self.zoo))
+        wholes = self.whole_models() if self.config.whole else []
+        if not wholes and n_best(problem, 1, max_seconds=self.config.max_seconds).best is None:
+            raise explain_infeasible(problem, self.zoo, self.target.num_classes, self.config)
 
     def gains(self, advance: Callable[[], None]) -> dict[BlockRef, float] | None:
         """Probe accuracy gained by every block; None without labels."""
@@ -381,7 +395,23 @@ def explain_infeasible(
     problem: AssemblyProblem, zoo: Zoo, num_classes: int | None, config: AssembleConfig
 ) -> InfeasibleError:
     """The error that says which limit is broken, by how much, and what would fit."""
-    raise NotImplementedError
+    reason = explain(problem, max_seconds=config.max_seconds)
+    if reason is None:
+        return InfeasibleError("whole models are all that fits", "allow them: leave out --no-whole")
+    error = reason.to_error()
+    sizes = {name: network_cost(zoo, [whole_model(zoo, name)], num_classes) for name in zoo.names()}
+    smallest = min(sizes, key=lambda name: (sizes[name].params, sizes[name].flops))
+    whole = {
+        "donor": smallest,
+        "params": sizes[smallest].params,
+        "flops": sizes[smallest].flops,
+    }
+    error.details = {**(error.details or {}), "smallest_whole_model": whole}
+    error.hint = (
+        f"{error.hint}; the smallest whole model is {smallest} with {whole['params']:,} params "
+        f"and {whole['flops']:,} multiply-adds"
+    )
+    return error
 
 
 def check_size(network: AssembledNetwork, candidate: Candidate, input_size: Sequence[int]) -> None:

@@ -90,6 +90,8 @@ def run(args: Sequence[str]) -> int:
         result = typer.main.get_command(app).main(
             args=list(args), prog_name="dery", standalone_mode=False
         )
+        if result == ExitCode.INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         if isinstance(result, int):  # --help and --version
             return result
     except DeryError as failure:
@@ -129,7 +131,7 @@ def run(args: Sequence[str]) -> int:
             "schema": SCHEMA,
             "command": name,
             "ok": error is None,
-            "result": result,
+            "result": result if error is None else None,
             "error": error,
             "warnings": terminal.warnings,
         }

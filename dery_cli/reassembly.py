@@ -100,6 +100,21 @@ def probe_nodes(
     }
 
 
+def joint_costs(blocks: Sequence[PlacedBlock], zoo: Zoo) -> dict[tuple[int, int], Joint]:
+    """The joints between blocks of consecutive stages, by block numbers, with R2 taken as 1."""
+    joints: dict[tuple[int, int], Joint] = {}
+    for number, block in enumerate(blocks):
+        for follower, after in enumerate(blocks):
+            if after.stage != block.stage + 1:
+                continue
+            cost = StitchCost(0, 0)
+            if needs_stitch(block.ref, after.ref):
+                source = node_of(zoo, block.ref.donor, block.ref.stop)
+                cost = stitch_cost(source, node_of(zoo, after.ref.donor, after.ref.start))
+            joints[number, follower] = Joint(cost=cost, r2=1.0)
+    return joints
+
+
 def score_joints(
     blocks: Sequence[PlacedBlock],
     embeddings: Embeddings,
@@ -114,25 +129,18 @@ def score_joints(
     """
     zoo = embeddings.zoo
     features = _GridFeatures(embeddings)
-    joints: dict[tuple[int, int], Joint] = {}
-    by_stage: dict[int, list[int]] = {}
+    joints = joint_costs(blocks, zoo)
     for number, block in enumerate(blocks):
-        by_stage.setdefault(block.stage, []).append(number)
-    for number, block in enumerate(blocks):
-        followers = by_stage.get(block.stage + 1, [])
         stitched: dict[int, tuple[Node, Tensor]] = {}
-        for follower in followers:
-            after = blocks[follower].ref
-            if needs_stitch(block.ref, after):
-                node = node_of(zoo, after.donor, after.start)
-                stitched[follower] = (node, features(after.donor, after.start))
-            else:
-                joints[number, follower] = Joint(cost=StitchCost(0, 0), r2=1.0)
+        for follower, after in enumerate(blocks):
+            if (number, follower) in joints and needs_stitch(block.ref, after.ref):
+                place = (after.ref.donor, after.ref.start)
+                stitched[follower] = (node_of(zoo, *place), features(*place))
         if stitched:
-            source = node_of(zoo, block.ref.donor, block.ref.stop)
-            scores = joint_r2(source, features(block.ref.donor, block.ref.stop), stitched)
+            place = (block.ref.donor, block.ref.stop)
+            scores = joint_r2(node_of(zoo, *place), features(*place), stitched)
             for follower, r2 in scores.items():
-                cost = stitch_cost(source, stitched[follower][0])
+                cost = joints[number, follower].cost
                 joints[number, follower] = Joint(cost=cost, r2=r2)
         advance()
     return joints

@@ -111,7 +111,9 @@ class Terminal:
         for index, column in enumerate(columns):
             numeric = all(_number_like(row[index]) for row in cells) and bool(cells)
             justify: JustifyMethod = "right" if numeric else "left"
-            table.add_column(Text(column), justify=justify, overflow="fold", no_wrap=numeric or index == 0)
+            table.add_column(
+                Text(column), justify=justify, overflow="fold", no_wrap=numeric or index == 0
+            )
         for index, row in enumerate(cells):
             style = "bold" if index == highlight else None
             table.add_row(*(Text(cell) for cell in row), style=style)

@@ -187,6 +187,7 @@ def _assemble(
     config, target = assembler.config, assembler.target
     if target.labels is None:
         terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
+    assembler.check_budget()
     with terminal.progress("probing blocks", len(assembler.zoo)) as bar:
         gains = assembler.gains(bar.advance)
     with terminal.progress("scoring joints", len(assembler.blocks)) as bar:

@@ -211,7 +211,7 @@ def _train(
             config,
             path.parent,
             classes=classes,
-            device=device or "auto",
+            device=device,
             resume=resume,
             progress=advance,
         )

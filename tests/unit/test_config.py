@@ -1,0 +1,96 @@
+"""Sizes, names and options."""
+
+from __future__ import annotations
+
+import pytest
+
+from dery_cli.config import (
+    AssembleConfig,
+    Budget,
+    EmbedConfig,
+    PartitionConfig,
+    check_name,
+    parse_size,
+    show_count,
+)
+from dery_cli.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("30M", 30_000_000),
+        ("5G", 5_000_000_000),
+        ("800k", 800_000),
+        ("1.5B", 1_500_000_000),
+        ("0.25m", 250_000),
+        ("7", 7),
+        (" 2T ", 2_000_000_000_000),
+        ("1.234567M", 1_234_567),
+        (".5K", 500),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, count):
+    assert parse_size(text, "--max-params") == count
+
+
+@pytest.mark.parametrize("text", ["30Q", "", "M", "-3M", "0", "0k", "1.5", "1e6", "1,000", "nan"])
+def test_a_wrong_size_says_what_is_accepted(text):
+    with pytest.raises(UsageError, match="--max-params") as caught:
+        parse_size(text, "--max-params")
+    assert "30M, 5G, 800k or 1.5B" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999"), (1_000, "1.00k"), (24_890_000, "24.89M"), (4.47e9, "4.47G"), (2e12, "2.00T")],
+)
+def test_counts_are_shown_as_they_are_read(count, text):
+    assert show_count(count) == text
+
+
+def test_budgets():
+    budget = Budget.parse(max_params="30M", min_params=None, max_flops="5G", min_flops="1G")
+    assert budget.admits(30_000_000, 5_000_000_000)
+    assert not budget.admits(30_000_001, 5_000_000_000)
+    assert not budget.admits(1, 5_000_000_001)
+    assert not budget.admits(1, 999_999_999)
+    assert str(budget) == (
+        "at most 30.00M params, at most 5.00G multiply-adds, at least 1.00G multiply-adds"
+    )
+    assert str(Budget()) == "no limit"
+    with pytest.raises(UsageError, match="--min-flops 2.00G is above --max-flops 1.00G"):
+        Budget.parse(max_params=None, min_params=None, max_flops="1G", min_flops="2G")
+
+
+@pytest.mark.parametrize("name", ["a", "resnet18.a1_in1k", "x-1", "9"])
+def test_good_names(name):
+    assert check_name(name, "donor") == name
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-x", "A", "a/b", "a b", "..", "a\n"])
+def test_bad_names(name):
+    with pytest.raises(UsageError, match="bad donor name"):
+        check_name(name, "donor")
+
+
+def test_options_hold_everything_that_changes_the_answer():
+    assert set(EmbedConfig(data="demo").options()) == {
+        "data",
+        "samples",
+        "grid",
+        "grid_samples",
+        "batch_size",
+        "dtype",
+        "crop",
+    }
+    assert set(PartitionConfig().options()) == {
+        "blocks",
+        "eps",
+        "restarts",
+        "size",
+        "metric",
+        "max_seconds",
+    }
+    fields = set(AssembleConfig.__dataclass_fields__) - {"name", "seed"}
+    assert set(AssembleConfig().options()) == fields
