@@ -33,6 +33,7 @@ FORMAT_VERSIONS = {
     "embedding": 1,
     "similarity": 1,
     "partition": 1,
+    "scores": 1,
     "assembly": 1,
     "candidates": 1,
     "run": 1,
@@ -329,6 +330,10 @@ class Workspace:
     @property
     def partition(self) -> Path:
         return self.root / "partition.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores.json"
 
     def assembly(self, name: str) -> Path:
         return self.root / "assemblies" / name / "assembly.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from dery_cli.artifacts import Artifact, Workspace
 from dery_cli.config import AssembleConfig
 from dery_cli.core.assemble import AssemblyProblem, cross_check, n_best, solve
 from dery_cli.core.assemble_explain import explain
-from dery_cli.core.assemble_frontier import random_feasible
+from dery_cli.core.assemble_frontier import pareto, random_feasible
 from dery_cli.core.dissect import Dissection
 from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
 from dery_cli.core.proxies import ProxyInputs, pre_logits
@@ -210,6 +210,27 @@ class Assembler:
         if not wholes and n_best(problem, 1, max_seconds=self.config.max_seconds).best is None:
             raise explain_infeasible(problem, self.zoo, self.target.num_classes, self.config)
 
+    def scores(self, advance: Callable[[str], None]) -> dict[str, Any]:
+        """Gains and joints as the scores artifact keeps them: no budget or filter enters."""
+        gains = self.gains(lambda: advance("probing blocks"))
+        joints = self.joints(lambda: advance("scoring joints"))
+        return {
+            "gains": None
+            if gains is None
+            else [[b.ref.donor, b.ref.start, b.ref.stop, gains[b.ref]] for b in self.blocks],
+            "joints": [[*pair, joint.r2] for pair, joint in sorted(joints.items())],
+        }
+
+    def problem_of(self, scores: Mapping[str, Any]) -> AssemblyProblem:
+        """The integer program from the scores artifact's data."""
+        gains = None
+        if scores["gains"] is not None:
+            gains = {BlockRef(*entry[:3]): float(entry[3]) for entry in scores["gains"]}
+        joints = joint_costs(self.blocks, self.zoo)
+        for before, after, r2 in scores["joints"]:
+            joints[before, after] = dataclasses.replace(joints[before, after], r2=r2)
+        return self.problem(gains, joints)
+
     def gains(self, advance: Callable[[], None]) -> dict[BlockRef, float] | None:
         """Probe accuracy gained by every block; None without labels."""
         labels, num_classes = self.target.labels, self.target.num_classes
@@ -241,8 +262,7 @@ class Assembler:
             joints,
             gains,
             num_classes=self.target.num_classes,
-            budget=self.config.budget,
-            joint_weight=self.config.joint_weight,
+            config=self.config,
         )
 
     def candidates(self, problem: AssemblyProblem) -> tuple[list[Candidate], dict[str, Any]]:
@@ -276,6 +296,7 @@ class Assembler:
         if not chosen:
             raise explain_infeasible(problem, self.zoo, self.target.num_classes, self.config)
         proof = {
+            "upper_bound": None if found.upper_bound is None else found.upper_bound / MICRO,
             "optimal": found.proven,
             "complete": found.complete,
             "solver": str(answer.status),
@@ -287,7 +308,9 @@ class Assembler:
     def whole_models(self) -> list[Candidate]:
         """Whole donors within the budget; exempt from the set constraint."""
         fitting = []
-        for name in self.zoo.names():
+        for name, donor in self.zoo.donors.items():
+            if self.config.donors.reasons(donor):
+                continue
             ref = whole_model(self.zoo, name)
             cost = network_cost(self.zoo, [ref], self.target.num_classes)
             if self.config.budget.admits(cost.params, cost.flops):
@@ -399,19 +422,46 @@ def explain_infeasible(
     if reason is None:
         return InfeasibleError("whole models are all that fits", "allow them: leave out --no-whole")
     error = reason.to_error()
-    sizes = {name: network_cost(zoo, [whole_model(zoo, name)], num_classes) for name in zoo.names()}
-    smallest = min(sizes, key=lambda name: (sizes[name].params, sizes[name].flops))
-    whole = {
-        "donor": smallest,
-        "params": sizes[smallest].params,
-        "flops": sizes[smallest].flops,
+    sizes = {
+        name: network_cost(zoo, [whole_model(zoo, name)], num_classes)
+        for name, donor in zoo.donors.items()
+        if not config.donors.reasons(donor)
     }
-    error.details = {**(error.details or {}), "smallest_whole_model": whole}
-    error.hint = (
-        f"{error.hint}; the smallest whole model is {smallest} with {whole['params']:,} params "
-        f"and {whole['flops']:,} multiply-adds"
-    )
+    if config.whole and sizes:
+        name = min(sizes, key=lambda each: (sizes[each].params, sizes[each].flops))
+        cost = sizes[name]
+        whole = {"donor": name, "params": cost.params, "flops": cost.flops}
+        error.details = {**(error.details or {}), "smallest_whole_model": whole}
+        error.hint = (
+            f"{error.hint}; the smallest whole model is {name} with {cost.params:,} params and "
+            f"{cost.flops:,} multiply-adds"
+        )
     return error
+
+
+FRONTIER_POINTS = 24
+
+
+def frontier(assembler: Assembler, problem: AssemblyProblem) -> tuple[list[dict[str, Any]], bool]:
+    """Assemblies that no other beats in score, params and multiply-adds at once, best first.
+
+    Returns:
+        At most ``FRONTIER_POINTS`` of them, and whether these are all.
+    """
+    found = pareto(problem, max_points=FRONTIER_POINTS, max_seconds=assembler.config.max_seconds)
+    points = []
+    for assembly in found.assemblies:
+        refs = [assembler.blocks[number].ref for number in assembly.blocks]
+        points.append(
+            {
+                "score": assembly.score / MICRO,
+                "params": assembly.costs[0],
+                "flops": assembly.costs[1],
+                "network": " + ".join(str(ref) for ref in merged(refs)),
+                "blocks": [[ref.donor, ref.start, ref.stop] for ref in refs],
+            }
+        )
+    return points, found.complete
 
 
 def check_size(network: AssembledNetwork, candidate: Candidate, input_size: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,23 @@ from torch import Tensor, nn
 
 from dery_cli.errors import DeryError, UsageError
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "net", "module")
-_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "net.")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "net", "module", "teacher")
+_PREFIXES = (
+    "module.",
+    "model.",
+    "backbone.",
+    "encoder.",
+    "net.",
+    "encoder_q.",  # MoCo
+    "base_encoder.",  # MoCo v3
+    "teacher.",  # DINO
+)
+_DEPTH = 3
 _SHOWN = 4
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, wrappers and common prefixes removed; runs no code.
+    """The tensors of a checkpoint file, wrappers such as ``state_dict`` removed; runs no code.
 
     Raises:
         UsageError: No such file, or one that is no checkpoint.
@@ -46,76 +56,132 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(loaded: object) -> dict[str, Tensor]:
-    while isinstance(loaded, Mapping):
-        inner = next(
-            (loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None
+    for _ in range(_DEPTH):  # and not for ever: a pickle may hold itself
+        wrapped = loaded if isinstance(loaded, Mapping) else {}
+        loaded = next(
+            (wrapped[key] for key in _WRAPPERS if isinstance(wrapped.get(key), Mapping)), loaded
         )
-        if inner is None:
-            break
-        loaded = inner
     if not isinstance(loaded, Mapping):
         return {}
     return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _strip_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Drop the prefixes that hide the model's own names, as long as more names match without."""
-    while True:
-        matches = len(wanted & state.keys())
-        best = state
-        for prefix in _PREFIXES:
-            if any(name.startswith(prefix) for name in state):
-                stripped = {name.removeprefix(prefix): value for name, value in state.items()}
-                if len(stripped) == len(state) and len(wanted & stripped.keys()) > matches:
-                    best, matches = stripped, len(wanted & stripped.keys())
-        if best is state:
-            return state
-        state = best
+    """Drop the prefixes that hide the model's own names, where more names match without them.
+
+    Up to three prefixes may stand before a name (``module.encoder_q.backbone.``); of those that
+    match most of ``wanted`` the shortest is taken.
+    """
+    best, most = state, len(wanted & state.keys())
+    seen = [""]
+    for _ in range(_DEPTH):
+        seen = [
+            before + prefix
+            for before in seen
+            for prefix in _PREFIXES
+            if any(name.startswith(before + prefix) for name in state)
+        ]
+        for whole in seen:
+            stripped = {name.removeprefix(whole): value for name, value in state.items()}
+            matches = len(wanted & stripped.keys())
+            if len(stripped) == len(state) and matches > most:
+                best, most = stripped, matches
+    return best
 
 
-def load_weights(model: nn.Module, path: Path, *, allow_partial: bool = False) -> None:
-    """Load a checkpoint file into ``model``.
+def load_weights(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    *,
+    classifier: Sequence[str] = (),
+    allow_partial: bool = False,
+) -> list[str]:
+    """Load a checkpoint's tensors into ``model``.
 
-    A checkpoint that differs in its last linear layer alone (another number of classes) is loaded
-    without that layer, since no block contains it.
+    Only the classifier may differ (another number of classes, or none): no block contains it, and
+    what it lacks is set to zero.
 
     Args:
-        model: Freshly built; its classifier may differ.
-        path: Checkpoint file.
+        model: Freshly built; in case of an error it is unchanged.
+        state: From ``read_state_dict``; common prefixes of the names are recognised.
+        source: The file's name, for messages.
+        classifier: Names of the classifier's parameters.
         allow_partial: Load what fits though keys are missing or unexpected.
+
+    Returns:
+        What was left out, in words.
 
     Raises:
         UsageError: The checkpoint is of another architecture; the message names keys and shapes.
-        DeryError: It cannot be read, or holds NaN or infinity.
+        DeryError: A tensor holds no data, or NaN or infinity.
     """
     own = model.state_dict()
-    state = _strip_prefix(read_state_dict(path), set(own))
+    state = _strip_prefix(state, set(own))
     missing = sorted(name for name in own if name not in state and not _is_counter(name))
     unexpected = sorted(name for name in state if name not in own)
-    wrong = sorted(name for name in own if name in state and own[name].shape != state[name].shape)
+    wrong = sorted(name for name in own if name in state and not _alike(own[name], state[name]))
+    heads = {name.rpartition(".")[0] for name in classifier}
     differing = [*missing, *unexpected, *wrong]
-    classifier = _classifier_names(model)
-    if differing and not allow_partial and not set(differing) <= classifier:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} missing ({_some(missing)})")
-        if unexpected:
-            parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
-        if wrong:
-            shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in wrong]
-            parts.append(f"{len(wrong)} of another shape ({_some(shapes)})")
+    elsewhere = [name for name in differing if not _belongs(name, heads)]
+    if elsewhere and not allow_partial:
         raise UsageError(
-            f"{path.name} does not match the architecture: {'; '.join(parts)}",
+            f"{source} does not match the architecture: "
+            f"{_difference(own, state, missing, unexpected, wrong)}",
             "check the model's name; --allow-partial loads what fits",
             details={"missing": missing, "unexpected": unexpected, "shape": wrong},
         )
     fitting = {n: v for n, v in state.items() if n in own and n not in wrong}
-    if not fitting:
-        raise UsageError(f"{path.name} has no tensor that fits the architecture")
+    if not any(not _belongs(name, heads) for name in fitting):
+        raise UsageError(f"{source} has no tensor that fits the architecture")
     for name, value in fitting.items():
+        if value.is_meta:
+            raise DeryError(f"{source}: the tensor {name} holds no data")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise DeryError(f"{path.name}: the tensor {name} holds NaN or infinity")
+            raise DeryError(f"{source}: the tensor {name} holds NaN or infinity")
     model.load_state_dict(fitting, strict=False)
+    with torch.no_grad():
+        for name in (*missing, *wrong):
+            if _belongs(name, heads):
+                own[name].zero_()
+    if elsewhere:
+        difference = _difference(own, state, missing, unexpected, wrong)
+        return [f"{source} was loaded in part, the rest is random: {difference}"]
+    return [f"the classifier of {source} does not fit and is left out"] if differing else []
+
+
+def _alike(own: Tensor, given: Tensor) -> bool:
+    kinds = (own.is_floating_point(), given.is_floating_point())
+    dense = given.layout == torch.strided and not given.is_quantized and not given.is_complex()
+    return own.shape == given.shape and dense and kinds[0] == kinds[1]
+
+
+def _belongs(name: str, heads: set[str]) -> bool:
+    """Whether ``name`` is the classifier's, or that of a deeper classifier in its place."""
+    return any(head and name.startswith(f"{head}.") for head in heads)
+
+
+def _difference(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    wrong: list[str],
+) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing ({_some(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
+    if wrong:
+        shapes = [f"{n} {_form(state[n])} for {_form(own[n])}" for n in wrong]
+        parts.append(f"{len(wrong)} of another shape ({_some(shapes)})")
+    return "; ".join(parts)
+
+
+def _form(tensor: Tensor) -> str:
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided
+    return f"{tuple(tensor.shape)}{'' if plain else f' {tensor.dtype}'.replace('torch.', '')}"
 
 
 def _is_counter(name: str) -> bool:
@@ -125,12 +191,3 @@ def _is_counter(name: str) -> bool:
 def _some(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _classifier_names(model: nn.Module) -> set[str]:
-    """Parameters of the last linear layer (or 1x1 convolution) in definition order."""
-    last = ""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            last = name
-    return {f"{last}.weight", f"{last}.bias"}

@@ -11,7 +11,9 @@ from decimal import Decimal
 from typing import Any, ClassVar
 
 from dery_cli.errors import UsageError
+from dery_cli.types import Donor
 
+AUTO = "auto"
 _SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -68,13 +70,18 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """Options of ``dery embed``; all but ``workers`` belong to the artifact."""
+    """Options of ``dery embed``; all but ``workers`` belong to the artifact.
+
+    Args:
+        batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
+            among its options, and the size it came to among its data.
+    """
 
     data: str
     samples: int = 2048
     grid: int = 4
     grid_samples: int = 256
-    batch_size: int = 64
+    batch_size: int | str = 64
     dtype: str = "fp16"
     crop: float = 0.95
     seed: int = 0
@@ -86,7 +93,12 @@ class EmbedConfig:
         _positive("--samples", self.samples, 4)
         _positive("--grid", self.grid)
         _positive("--grid-samples", self.grid_samples, 8)
-        _positive("--batch-size", self.batch_size)
+        if isinstance(self.batch_size, int):
+            _positive("--batch-size", self.batch_size)
+        elif self.batch_size != AUTO:
+            raise UsageError(
+                f"--batch-size is '{self.batch_size}'", f"give a number of images, or {AUTO}"
+            )
         _positive("--workers", self.workers, 0)
         _one_of("--dtype", self.dtype, self.DTYPES)
         if not 0 < self.crop <= 1:
@@ -208,10 +220,42 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DonorFilter:
+    """Which donors an assembly may be made of.
+
+    Args:
+        licenses: Only donors under one of these licences; empty for any.
+        include: Only these donors; empty for all.
+        exclude: Not these donors.
+        image_size: Only donors registered at this input side.
+    """
+
+    licenses: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    image_size: int | None = None
+
+    def reasons(self, donor: Donor) -> list[str]:
+        """The options that leave ``donor`` out; empty where it may be used."""
+        found = []
+        if self.licenses and donor.card.license.lower() not in {x.lower() for x in self.licenses}:
+            found.append(f"--license {' --license '.join(self.licenses)}")
+        if self.include and donor.name not in self.include:
+            found.append(f"--include {' --include '.join(self.include)}")
+        if donor.name in self.exclude:
+            found.append(f"--exclude {donor.name}")
+        if self.image_size is not None and donor.input.image_size != (self.image_size,) * 2:
+            found.append(f"--image-size {self.image_size}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AssembleConfig:
     """Options of ``dery assemble``."""
 
     budget: Budget = Budget()
+    donors: DonorFilter = DonorFilter()
+    max_donors: int | None = None
     data: str | None = None
     name: str = "default"
     candidates: int = 32
@@ -228,6 +272,8 @@ class AssembleConfig:
         _positive("--candidates", self.candidates)
         _positive("--fit-samples", self.fit_samples, 8)
         _positive("--target-samples", self.target_samples, 8)
+        if self.max_donors is not None:
+            _positive("--max-donors", self.max_donors)
         _positive("--joint-weight", self.joint_weight, 0)
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
@@ -235,6 +281,11 @@ class AssembleConfig:
     def options(self) -> dict[str, Any]:
         return {
             "budget": dataclasses.asdict(self.budget),
+            "donors": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self.donors).items()
+            },
+            "max_donors": self.max_donors,
             "data": self.data,
             "candidates": self.candidates,
             "proxy": self.proxy,

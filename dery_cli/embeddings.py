@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dery_cli.artifacts import Artifact, Workspace, canonical_json, check_files, read_record
+from dery_cli.artifacts import (
+    Artifact,
+    Workspace,
+    canonical_json,
+    check_files,
+    existing_record,
+    read_record,
+)
 from dery_cli.config import EmbedConfig
 from dery_cli.data import DataSet, choose_samples, fingerprint
-from dery_cli.errors import StaleError, UsageError
+from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.stream import LazyRows
 from dery_cli.types import Donor
 from dery_cli.zoo import Zoo
@@ -31,7 +40,7 @@ class Calibration:
         labels: Class of each, or None.
         classes: Class names, or None.
         crop: Field of view.
-        batch_size: Images a batch.
+        batch_size: Images a batch, the smallest of any donor's; 0 before anything is embedded.
     """
 
     spec: str
@@ -40,7 +49,7 @@ class Calibration:
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] | None
     crop: float
-    batch_size: int
+    batch_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -70,18 +79,16 @@ def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
         labels=None if labels is None else tuple(int(labels[i]) for i in indices),
         classes=data.classes,
         crop=config.crop,
-        batch_size=config.batch_size,
     )
 
 
 def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibration) -> Artifact:
     """The record of one donor's embedding, before its files are hashed."""
-    anatomy = canonical_json(donor.anatomy.to_json())
     return Artifact(
         kind="embedding",
         parents={
             "weights": donor.weights_sha256,
-            "anatomy": _short_hash(anatomy + canonical_json(donor.input.to_json())),
+            "anatomy": _anatomy_hash(donor),
             "data": calibration.digest,
         },
         options={**config.options(), "data": calibration.spec},
@@ -90,18 +97,48 @@ def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibrati
     )
 
 
-def _short_hash(text: str) -> str:
-    import hashlib
+def finished(record: Artifact, batch_size: int) -> Artifact:
+    """The record of an embedding that was made with this many images a batch."""
+    return dataclasses.replace(record, data={**record.data, "batch_size": batch_size})
 
+
+def left_out(record: Artifact, error: DeryError) -> Artifact:
+    """The record of a donor whose features cannot be used; it has no files."""
+    details = error.details or {}
+    bad = {"message": error.message, "hint": error.hint, "node": details.get("node")}
+    return dataclasses.replace(record, data={**record.data, "bad": bad})
+
+
+def why_left_out(record: Artifact) -> DeryError | None:
+    """The error for which ``dery embed --skip-bad`` left a donor out, or None."""
+    bad = record.data.get("bad")
+    if bad is None:
+        return None
+    return DeryError(bad["message"], bad["hint"], details={"node": bad["node"]})
+
+
+def known_batch_size(path: Path, wanted: Artifact) -> int | None:
+    """The batch size an earlier run came to from the same inputs, its files whole or not."""
+    found = existing_record(path, wanted.kind)
+    if found is None or not found.same_inputs(wanted):
+        return None
+    size: int | None = found.data.get("batch_size")
+    return size
+
+
+def _anatomy_hash(donor: Donor) -> str:
+    """Hash of a donor's nodes and of what it takes as input."""
+    text = canonical_json(donor.anatomy.to_json()) + canonical_json(donor.input.to_json())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of all donors of a zoo, from the same images.
+    """The embeddings of all usable donors of a zoo, from the same images.
 
     Args:
-        zoo: The donors.
+        zoo: The donors; those that ``dery embed --skip-bad`` left out are not among them.
+        left_out: Why each other donor of the workspace's zoo was left out.
         calibration: The images.
         hashes: Content hash of each donor's embedding.
         paths: Tensor file of each donor.
@@ -110,11 +147,17 @@ class Embeddings:
     """
 
     zoo: Zoo
+    left_out: dict[str, str]
     calibration: Calibration
     hashes: dict[str, str]
     paths: dict[str, Path]
     options: dict[str, Any]
     seed: int | None
+
+    @property
+    def warnings(self) -> list[str]:
+        """One line for each donor that is left out."""
+        return [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
 
     def features(self, donor: str, node: int, kind: str = "feat_NC") -> LazyRows:
         """A node's stored tensor (``feat_NC``, ``feat_NGC``, ``prefix_NTC``), read when sliced."""
@@ -125,10 +168,14 @@ class Embeddings:
         return self.features(donor, node, kind)[:].float()
 
 
-def embed_command(options: dict[str, Any], seed: int | None) -> str:
+def embed_command(options: Mapping[str, Any], seed: int | None) -> str:
     """The command line that made, or would refresh, an embedding."""
-    line = f"dery embed --data {options['data']} --samples {options['samples']}"
-    return f"{line} --seed {seed}" if seed else line
+    defaults = EmbedConfig(data="").options()
+    words = ["dery embed --data", shlex.quote(options["data"])]
+    for name, default in defaults.items():
+        if name == "samples" or (name != "data" and options[name] != default):
+            words.append(f"--{name.replace('_', '-')} {options[name]}")
+    return " ".join([*words, f"--seed {seed}"] if seed else words)
 
 
 def read_embeddings(
@@ -136,8 +183,11 @@ def read_embeddings(
 ) -> Embeddings:
     """Check and open the embeddings of every donor of the zoo.
 
+    Donors that were left out of the embedding are left out here too.
+
     Raises:
-        StaleError: A donor has none, or one made from other weights, images, grid or seed.
+        StaleError: A donor has none, or one made from other weights, images, grid or seed; or all
+            were left out.
         DeryError: A file is damaged.
     """
     records: dict[str, Artifact] = {}
@@ -146,9 +196,12 @@ def read_embeddings(
         path = workspace.embedding(name)
         record = read_record(path, "embedding", missing=f"{name} has no embedding", hint=EMBED_HINT)
         if record.parents["weights"] != donor.weights_sha256:
-            hint = embed_command(dict(record.options), record.seed)
+            hint = embed_command(record.options, record.seed)
             raise StaleError(f"{name}'s embedding was made from other weights", hint)
-        check_files(path, record, hint=embed_command(dict(record.options), record.seed))
+        if record.parents["anatomy"] != _anatomy_hash(donor):
+            hint = embed_command(record.options, record.seed)
+            raise StaleError(f"{name}'s embedding was made at other nodes or another size", hint)
+        check_files(path, record, hint=embed_command(record.options, record.seed))
         records[name] = record
     first_name, first = next(iter(records.items()))
     for name, record in records.items():
@@ -160,11 +213,19 @@ def read_embeddings(
         if not same:
             raise StaleError(
                 f"{name} and {first_name} were embedded from different images, options or seeds",
-                embed_command(dict(first.options), first.seed),
+                embed_command(first.options, first.seed),
             )
+    bad = {name: str(why) for name, record in records.items() if (why := why_left_out(record))}
+    usable = {name: record for name, record in records.items() if name not in bad}
+    if not usable:
+        name, reason = next(iter(bad.items()))
+        raise StaleError(
+            f"no donor has usable features; {name}: {reason}", "dery zoo add SPEC, then dery embed"
+        )
     labels, classes = first.data["labels"], first.data["classes"]
     return Embeddings(
-        zoo=zoo,
+        zoo=Zoo(zoo[name] for name in usable),
+        left_out=bad,
         calibration=Calibration(
             spec=first.options["data"],
             indices=tuple(first.data["indices"]),
@@ -172,10 +233,10 @@ def read_embeddings(
             labels=None if labels is None else tuple(labels),
             classes=None if classes is None else tuple(classes),
             crop=first.options["crop"],
-            batch_size=first.options["batch_size"],
+            batch_size=min(record.data["batch_size"] for record in usable.values()),
         ),
-        hashes={name: record.sha256 for name, record in records.items()},
-        paths={name: workspace.embedding(name).with_suffix(".safetensors") for name in records},
+        hashes={name: record.sha256 for name, record in usable.items()},
+        paths={name: workspace.embedding(name).with_suffix(".safetensors") for name in usable},
         options=dict(first.options),
         seed=first.seed,
     )

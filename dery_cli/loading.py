@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dery_cli.data import EvalTransform, ImageDataset
-from dery_cli.errors import UsageError
+from dery_cli.errors import DeryError, UsageError
 from dery_cli.plugin import ImageSplit
 from dery_cli.types import InputSpec
 
@@ -35,6 +35,38 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def batch_spans(count: int, batch_size: int) -> list[tuple[int, int]]:
+    """(first, last + 1) sample of each batch of ``count`` samples."""
+    return [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+class _Images:
+    """Images without labels; a file that cannot be read is an item too.
+
+    A loading process would wrap the error in its traceback.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, position: int) -> Tensor | DeryError:
+        try:
+            x_CHW: Tensor = self._dataset[position][0]
+        except DeryError as error:
+            return error
+        return x_CHW
+
+
+def _stacked(items: list[Tensor | DeryError]) -> Tensor | DeryError:
+    for item in items:
+        if isinstance(item, DeryError):
+            return item
+    return torch.stack(items)  # type: ignore[arg-type] # no errors are left
+
+
 class ImageBatches:
     """Normalised image batches of a split, the same each time they are iterated.
 
@@ -46,6 +78,7 @@ class ImageBatches:
         batch_size: Images a batch; the last may be smaller.
         device: Where the batches go.
         workers: Processes that decode.
+        share: (i, n): only every n-th batch, from batch i on.
         keep: Decode once and keep the batches (on ``device``) for later passes.
     """
 
@@ -59,16 +92,19 @@ class ImageBatches:
         batch_size: int,
         device: torch.device,
         workers: int = 0,
+        share: tuple[int, int] = (0, 1),
         keep: bool = False,
     ) -> None:
         dataset = ImageDataset(split, EvalTransform(input, crop), indices)
         self.labels = dataset.labels
+        spans = batch_spans(len(dataset), batch_size)[share[0] :: share[1]]
         self._device = device
         self._kept: list[Tensor] | None = None
         self._keep = keep
-        self._loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-            dataset,  # type: ignore[arg-type] # map-style by protocol
-            batch_size=batch_size,
+        self._loader: DataLoader[Tensor | DeryError] = DataLoader(
+            _Images(dataset),  # type: ignore[arg-type] # map-style by protocol
+            batch_sampler=[list(range(start, stop)) for start, stop in spans],
+            collate_fn=_stacked,
             num_workers=workers,
             pin_memory=device.type == "cuda",
         )
@@ -78,8 +114,10 @@ class ImageBatches:
             yield from self._kept
             return
         kept: list[Tensor] = []
-        for x_NCHW, _ in self._loader:
-            x_NCHW = x_NCHW.to(self._device, non_blocking=True)
+        for batch in self._loader:
+            if isinstance(batch, DeryError):
+                raise batch
+            x_NCHW = batch.to(self._device, non_blocking=True)
             if self._keep:
                 kept.append(x_NCHW)
             yield x_NCHW

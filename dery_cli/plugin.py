@@ -2,15 +2,19 @@
 
 A plugin is an object registered under an entry-point group; the entry point's name is the word
 before the slash (or colon) in a spec. The built-ins (``dery_timm``, ``dery_torchvision``,
-``dery_demo``) enter by this same door.
+``dery_lite``, ``dery_demo``) enter by this same door. ``dery_cli.testing`` proves that a zoo
+plugin keeps its contract.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from dery_cli.errors import DeryError, UsageError
@@ -23,15 +27,22 @@ if TYPE_CHECKING:
     from dery_cli.types import ModelCard
 
 PLUGIN_API_VERSION = 1
-"""Version of both protocols below; it grows when a method changes its meaning."""
+"""Version of the protocols below; it grows when a method changes its meaning.
+
+A plugin may have an attribute ``api_version``; one that names another version is left out.
+"""
 
 
 @runtime_checkable
 class ZooPlugin(Protocol):
     """Models by name. Entry-point group ``dery.zoo``.
 
-    Optionally a plugin also has ``nodes(model: str) -> Sequence[str] | None``: the module names
-    whose outputs are the nodes, for models that cannot be traced.
+    Optionally a plugin also has
+
+    - ``nodes(model: str) -> Sequence[str] | None``: the module names whose outputs are the nodes,
+      where the automatic choice does not suit;
+    - ``weights_sha256(model: str) -> str | None``: the hash of the file ``build`` reads the
+      weights from, for manifests that pin it; fetches nothing.
     """
 
     def list_models(self) -> Sequence[str]:
@@ -109,6 +120,12 @@ class Proxy(Protocol):
         ...
 
 
+class BrokenPluginError(DeryError):
+    """A plugin cannot be loaded, does not keep its protocol, or fails where it may not."""
+
+    code = "plugin"
+
+
 ZOO_GROUP = "dery.zoo"
 DATA_GROUP = "dery.data"
 PROXY_GROUP = "dery.proxies"
@@ -118,7 +135,11 @@ _Plugin = TypeVar("_Plugin")
 
 @dataclasses.dataclass(frozen=True)
 class PluginInfo:
-    """One registered entry point, and what is wrong with it, if anything is."""
+    """One registered entry point, and what is wrong with it, if anything is.
+
+    Args:
+        models: How many models a zoo plugin offers.
+    """
 
     group: str
     name: str
@@ -126,6 +147,7 @@ class PluginInfo:
     distribution: str
     version: str
     error: str | None
+    models: int | None = None
 
 
 def _entry_points(group: str) -> dict[str, list[EntryPoint]]:
@@ -147,24 +169,15 @@ def find_plugin(group: str, name: str, protocol: type[_Plugin], *, what: str = "
 
     Raises:
         UsageError: No such plugin; the message lists the close ones.
-        DeryError: Two distributions register the name, or the plugin cannot be loaded or does not
-            keep its protocol.
+        BrokenPluginError: Two distributions register the name, or the plugin cannot be loaded or
+            does not keep its protocol.
     """
     points = _entry_points(group)
     if name not in points:
         close = difflib.get_close_matches(name, points, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(points)}"
         raise UsageError(f"no such {what}: {name}", hint)
-    if len(points[name]) > 1:
-        owners = ", ".join(sorted(_owner(point) for point in points[name]))
-        raise DeryError(
-            f"two plugins of the group {group} are named '{name}': {owners}",
-            "uninstall one of them",
-        )
-    try:
-        return _load(points[name][0], protocol)
-    except PluginError as error:
-        raise DeryError(str(error), f"update or uninstall {_owner(points[name][0])}") from error
+    return _load(points[name], protocol)
 
 
 def find_proxy(name: str) -> Proxy:
@@ -177,30 +190,89 @@ def find_proxy(name: str) -> Proxy:
     return find_plugin(PROXY_GROUP, name, Proxy, what="proxy")
 
 
-class PluginError(Exception):
-    """A plugin that cannot be used, in one line."""
-
-
 def _owner(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
-def _load(point: EntryPoint, protocol: type[_Plugin]) -> _Plugin:
+def _load(points: Sequence[EntryPoint], protocol: type[_Plugin]) -> _Plugin:
+    """Load the one plugin of a name; ``points`` are all that claim it."""
+    point = points[0]
+    if len(points) > 1:
+        owners = ", ".join(sorted(_owner(p) for p in points))
+        raise BrokenPluginError(
+            f"two plugins of the group {point.group} are named '{point.name}': {owners}",
+            "uninstall one of them",
+        )
+    where = f"plugin '{point.name}' ({point.value})"
+    hint = f"update or uninstall {_owner(point)}"
     try:
         plugin = point.load()
-    except Exception as error:  # whatever a third party's import does, dery goes on without it
-        raise PluginError(
-            f"plugin '{point.name}' ({point.value}) fails to load: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:  # whatever a third party's import does, dery goes on
+        raise BrokenPluginError(f"{where} fails to load: {explain(error)}", hint) from error
+    if isinstance(plugin, type):
+        raise BrokenPluginError(f"{where} is a class; register an instance of it", hint)
     if not isinstance(plugin, protocol):
         wanted = sorted(n for n in vars(protocol) if not n.startswith("_"))
         missing = [n for n in wanted if not hasattr(plugin, n)]
-        raise PluginError(f"plugin '{point.name}' ({point.value}) lacks {', '.join(missing)}")
+        lacks = ", ".join(missing) or "a __call__ method"
+        raise BrokenPluginError(f"{where} lacks {lacks}", hint)
+    version = getattr(plugin, "api_version", PLUGIN_API_VERSION)
+    if version != PLUGIN_API_VERSION:
+        raise BrokenPluginError(
+            f"{where} is written for version {version} of dery's plugin interface, "
+            f"this is version {PLUGIN_API_VERSION}",
+            f"update dery-cli or {_owner(point)}",
+        )
     return plugin
 
 
+def explain(error: BaseException) -> str:
+    """An exception of foreign code in one line: its type, its first line, where it was raised."""
+    lines = str(error).strip().splitlines()
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")
+    ]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{': ' + lines[0][:300] if lines else ''}{where}"
+
+
+@contextlib.contextmanager
+def guarded(plugin: str, call: str) -> Iterator[None]:
+    """Turn whatever a plugin's own code raises into an error that names the plugin.
+
+    Args:
+        plugin: Its name.
+        call: What is asked of it, as ``card('resnet18')``.
+
+    Raises:
+        BrokenPluginError: Something else than a ``DeryError`` was raised inside.
+    """
+    try:
+        yield
+    except DeryError:
+        raise
+    except Exception as error:
+        raise BrokenPluginError(
+            f"the plugin '{plugin}' fails at {call}: {explain(error)}",
+            "this is a fault of the plugin; dery zoo plugins names its package",
+        ) from error
+
+
+def list_models(name: str, plugin: ZooPlugin) -> list[str]:
+    """The models of a zoo plugin.
+
+    Raises:
+        BrokenPluginError: It fails at that, or gives something else than names.
+    """
+    with guarded(name, "list_models()"):
+        names = plugin.list_models()
+        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"expected a sequence of names, got {str(names)[:80]!r}")
+        return list(names)
+
+
 def describe_plugins() -> list[PluginInfo]:
-    """Every registered plugin; each is loaded once, and a broken one says why."""
+    """Every registered plugin; each is loaded and asked once, and a broken one says why."""
     infos: list[PluginInfo] = []
     protocols: dict[str, type] = {
         ZOO_GROUP: ZooPlugin,
@@ -210,12 +282,15 @@ def describe_plugins() -> list[PluginInfo]:
     for group, protocol in protocols.items():
         for name, points in _entry_points(group).items():
             for point in points:
-                error = None if len(points) == 1 else f"the name '{name}' is taken twice"
-                if error is None:
-                    try:
-                        _load(point, protocol)
-                    except PluginError as failure:
-                        error = str(failure)
+                error, models = None, None
+                try:
+                    plugin: ZooPlugin = _load(points, protocol)
+                    if group == ZOO_GROUP:
+                        models = len(list_models(name, plugin))
+                except BrokenPluginError as failure:
+                    error = failure.message
                 version = point.dist.version if point.dist is not None else "unknown"
-                infos.append(PluginInfo(group, name, point.value, _owner(point), version, error))
+                infos.append(
+                    PluginInfo(group, name, point.value, _owner(point), version, error, models)
+                )
     return infos

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dery_cli.config import Budget
-from dery_cli.core.assemble import AssemblyProblem, Resource
+from dery_cli.config import AssembleConfig, DonorFilter
+from dery_cli.core.assemble import AssemblyProblem, BlockFilter, Resource
 from dery_cli.core.dissect import Dissection
 from dery_cli.core.features import pool_node
 from dery_cli.core.joints import joint_r2, joint_score
@@ -167,13 +167,12 @@ def build_problem(
     gains: Mapping[BlockRef, float] | None,
     *,
     num_classes: int | None,
-    budget: Budget,
-    joint_weight: float,
+    config: AssembleConfig,
 ) -> AssemblyProblem:
     """The program of Eq. 8-11 in integers.
 
-    Score: the summed gains of the blocks (where there are labels) plus ``joint_weight`` times the
-    summed log max(R2, 0.01) of the joints, rounded to millionths.
+    Score: the summed gains of the blocks (where there are labels) plus ``config.joint_weight``
+    times the summed log max(R2, 0.01) of the joints, rounded to millionths.
     """
     last_stage = max(block.stage for block in blocks)
     donors = {name: number for number, name in enumerate(zoo.names())}
@@ -187,9 +186,10 @@ def build_problem(
         flops_B.append(anatomy.flops(block.ref.start, block.ref.stop) + extra.flops)
     pairs = sorted(joints)
     costs = [joints[pair].cost for pair in pairs]
-    weight = joint_weight if gains is not None else 1.0
+    weight = config.joint_weight if gains is not None else 1.0
     score_B = [0 if gains is None else round(MICRO * gains[b.ref]) for b in blocks]
     score_E = [round(MICRO * weight * joint_score(joints[pair].r2)) for pair in pairs]
+    budget = config.budget
     return AssemblyProblem(
         num_stages=last_stage + 1,
         num_sets=1 + max(block.set_index for block in blocks),
@@ -216,6 +216,23 @@ def build_problem(
                 maximum=budget.max_flops,
             ),
         ),
+        filters=donor_filters(blocks, zoo, config.donors),
+        max_donors=config.max_donors,
+    )
+
+
+def donor_filters(
+    blocks: Sequence[PlacedBlock], zoo: Zoo, donors: DonorFilter
+) -> tuple[BlockFilter, ...]:
+    """The blocks that each of the options about donors leaves in, by option."""
+    reasons = {name: donors.reasons(donor) for name, donor in zoo.donors.items()}
+    options = sorted({option for found in reasons.values() for option in found})
+    return tuple(
+        BlockFilter(
+            name=option,
+            allowed_B=np.array([option not in reasons[block.ref.donor] for block in blocks]),
+        )
+        for option in options
     )
 
 

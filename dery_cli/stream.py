@@ -206,7 +206,7 @@ class LazyRows:
         try:
             file: Any = safe_open(str(self.path), framework="pt")
             self._slice = file.get_slice(name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise _damaged(self.path, error) from error
         self.shape: tuple[int, ...] = tuple(self._slice.get_shape())
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dery_cli.artifacts import Artifact, Workspace, read_record, write_record
 from dery_cli.config import check_name
 from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.plugin import ZOO_GROUP, ZooPlugin, find_plugin, plugin_names
+from dery_cli.plugin import (
+    ZOO_GROUP,
+    ZooPlugin,
+    find_plugin,
+    guarded,
+    list_models,
+    plugin_names,
+)
 from dery_cli.types import Donor, ModelCard
 
 if TYPE_CHECKING:
@@ -64,19 +71,39 @@ def resolve(spec: Spec) -> tuple[ZooPlugin, ModelCard]:
 
     Raises:
         UsageError: No such plugin or model; close names are listed.
+        DeryError: The plugin is broken.
     """
     plugin = find_plugin(ZOO_GROUP, spec.plugin, ZooPlugin, what="zoo plugin")
-    try:
-        return plugin, plugin.card(spec.model)
-    except KeyError:
-        names = list(plugin.list_models())
-        close = difflib.get_close_matches(spec.model, names, n=3, cutoff=0.5)
-        hint = (
-            f"did you mean {' or '.join(f'{spec.plugin}/{name}' for name in close)}?"
-            if close
-            else f"dery zoo plugins --models {spec.plugin} lists its {len(names)} models"
-        )
-        raise UsageError(f"the plugin '{spec.plugin}' has no model '{spec.model}'", hint) from None
+    with guarded(spec.plugin, f"card({spec.model!r})"):
+        try:
+            card = plugin.card(spec.model)
+        except KeyError:
+            names = list_models(spec.plugin, plugin)
+            if spec.model in names:
+                raise
+            close = difflib.get_close_matches(spec.model, names, n=3, cutoff=0.5)
+            hint = (
+                f"did you mean {' or '.join(f'{spec.plugin}/{name}' for name in close)}?"
+                if close
+                else f"dery zoo plugins --models {spec.plugin} lists its {len(names)} models"
+            )
+            raise UsageError(
+                f"the plugin '{spec.plugin}' has no model '{spec.model}'", hint
+            ) from None
+        if not isinstance(card, ModelCard):
+            raise TypeError(f"expected a ModelCard, got {type(card).__name__}")
+    return plugin, card
+
+
+def plugin_sha256(spec: Spec) -> str | None:
+    """The hash of the file the plugin reads a model's weights from, where it tells it."""
+    plugin, _ = resolve(spec)
+    offered = getattr(plugin, "weights_sha256", None)
+    if offered is None:
+        return None
+    with guarded(spec.plugin, f"weights_sha256({spec.model!r})"):
+        found: str | None = offered(spec.model)
+        return found
 
 
 def build_model(
@@ -86,18 +113,28 @@ def build_model(
 
     Raises:
         UsageError: The image size does not suit it.
-        DeryError: Its weights cannot be had.
+        DeryError: Its weights cannot be had, or the plugin is broken.
     """
-    try:
-        model = plugin.build(spec.model, pretrained=pretrained, image_size=image_size)
-    except ValueError as error:
-        raise UsageError(f"{spec}: {error}") from error
-    except OSError as error:
-        raise DeryError(
-            f"cannot get the weights of {spec}: {error}",
-            "give a local checkpoint with --weights FILE, or random weights with --no-pretrained",
-        ) from error
-    return model.eval()
+    from torch import nn
+
+    with guarded(spec.plugin, f"build({spec.model!r})"):
+        try:
+            model = plugin.build(spec.model, pretrained=pretrained, image_size=image_size)
+        except ValueError as error:
+            if image_size is None:
+                raise
+            raise UsageError(f"{spec}: {error}") from error
+        except OSError as error:
+            if not pretrained:
+                raise
+            raise DeryError(
+                f"cannot get the weights of {spec}: {error}",
+                "give a local checkpoint with --weights FILE, or random weights with "
+                "--no-pretrained",
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+        return model.eval()
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -112,17 +149,41 @@ def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def dissect_donor(model: nn.Module, card: ModelCard, spec: Spec, plugin: ZooPlugin) -> Dissection:
-    """Dissect a built model, with the plugin's own nodes where it names some."""
+def dissect_donor(
+    model: nn.Module,
+    card: ModelCard,
+    spec: Spec,
+    plugin: ZooPlugin,
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> Dissection:
+    """Dissect a built model, with the plugin's own nodes where it names some.
+
+    A model with no place to cut is taken as one single unit; ``warn`` is told why.
+    """
     import torch
 
-    from dery_cli.core.dissect import dissect
+    from dery_cli.core.dissect import DissectError, dissect
 
+    nodes = None
     explicit = getattr(plugin, "nodes", None)
-    nodes = explicit(spec.model) if explicit is not None else None
-    parameter = next(model.parameters())
-    example = torch.zeros(1, card.input.in_chans, *card.input.image_size, device=parameter.device)
-    return dissect(model, example, nodes=nodes)
+    if explicit is not None:
+        with guarded(spec.plugin, f"nodes({spec.model!r})"):
+            nodes = explicit(spec.model)
+    parameter = next(model.parameters(), None)
+    example = torch.zeros(
+        1,
+        card.input.in_chans,
+        *card.input.image_size,
+        device=None if parameter is None else parameter.device,
+    )
+    try:
+        return dissect(model, example, nodes=nodes)
+    except DissectError as reason:
+        dissection = dissect(model, example, whole=True)
+        if warn is not None:
+            warn(f"{spec} serves as a whole model only: {reason.message}")
+        return dissection
 
 
 def prepare_donor(
@@ -135,8 +196,11 @@ def prepare_donor(
     allow_partial: bool = False,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    warn: Callable[[str], None] | None = None,
 ) -> tuple[Donor, Dissection]:
-    """Build, load, hash and dissect one model: what ``zoo add`` registers.
+    """Build, dissect, load and hash one model: what ``zoo add`` registers.
+
+    A model with no place to cut becomes a donor of one single unit.
 
     Args:
         text: Model spec.
@@ -147,10 +211,11 @@ def prepare_donor(
         allow_partial: Load ``weights`` though keys are missing or unexpected.
         device: Where the dissected model goes.
         seed: For random weights.
+        warn: Told, in one line each, what the user should know of this donor.
 
     Raises:
         UsageError: Unknown plugin or model, bad name or size, weights of another architecture.
-        DeryError: The weights cannot be had or read, or the model has no node to cut at.
+        DeryError: The weights cannot be had or read, or the model does not run.
     """
     import torch
 
@@ -160,17 +225,30 @@ def prepare_donor(
     size = None if image_size == card.input.image_size else image_size
     if size is not None:
         card = dataclasses.replace(card, input=dataclasses.replace(card.input, image_size=size))
+    state = None
     if weights is not None:
-        pretrained = False
+        from dery_cli.checkpoints import read_state_dict
+
+        pretrained, state = False, read_state_dict(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(spec, plugin, pretrained=pretrained, image_size=size)
-    if weights is not None:
+    dissection = dissect_donor(model, card, spec, plugin, warn=warn)
+    if weights is not None and state is not None:
         from dery_cli.checkpoints import load_weights
 
-        load_weights(model, weights, allow_partial=allow_partial)
+        notes = load_weights(
+            model,
+            state,
+            weights.name,
+            classifier=dissection.classifier,
+            allow_partial=allow_partial,
+        )
+        if warn is not None:
+            for note in notes:
+                warn(f"{name}: {note}")
     weights_hash = weights_sha256(model.state_dict())
-    dissection = dissect_donor(model.to(device), card, spec, plugin)
+    model.to(device)
     donor = Donor(
         name=name,
         spec=str(spec),
@@ -207,6 +285,7 @@ def load_donor(
         image_size=donor.input.image_size,
         pretrained=donor.pretrained,
         weights=None if donor.weights is None else workspace.root / donor.weights,
+        allow_partial=True,  # decided when it was added; the hash tells whether all is the same
         device=device,
     )
     hint = f"dery zoo remove {donor.name}, then dery zoo add {donor.spec}"
@@ -240,18 +319,32 @@ class Zoo:
     def names(self) -> list[str]:
         return list(self.donors)
 
+    def check_free(self, name: str, spec: str) -> None:
+        """Whether ``name`` may become a donor of ``spec``.
+
+        Raises:
+            UsageError: The name is that of another model.
+        """
+        present = self.donors.get(name)
+        if present is not None and present.spec != spec:
+            raise self._taken(present)
+
+    @staticmethod
+    def _taken(present: Donor) -> UsageError:
+        return UsageError(
+            f"the zoo has a donor named '{present.name}' already, of {present.spec}",
+            f"choose a name with --as NAME, or dery zoo remove {present.name} first",
+        )
+
     def with_donor(self, donor: Donor) -> Zoo:
         """A zoo with one more donor.
 
         Raises:
-            UsageError: The name is taken by another model.
+            UsageError: The name is taken by another model, or the same with other weights.
         """
         present = self.donors.get(donor.name)
         if present is not None and present != donor:
-            raise UsageError(
-                f"the zoo has a donor named '{donor.name}' already, of {present.spec}",
-                f"choose a name with --as NAME, or dery zoo remove {donor.name} first",
-            )
+            raise self._taken(present)
         return Zoo([*self.donors.values(), donor])
 
     def without(self, name: str) -> Zoo:

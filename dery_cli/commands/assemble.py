@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dery_cli.artifacts import Artifact, transaction, unchanged, write_log
+from dery_cli.artifacts import (
+    Artifact,
+    Workspace,
+    transaction,
+    unchanged,
+    write_log,
+    write_record,
+)
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -19,9 +28,9 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import AssembleConfig, Budget, show_count
+from dery_cli.config import AssembleConfig, Budget, DonorFilter, show_count
 from dery_cli.data import fingerprint, open_data
-from dery_cli.errors import StaleError, UsageError
+from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.plugin import PROXY_GROUP, find_proxy, plugin_names
 from dery_cli.terminal import Terminal
 
@@ -29,8 +38,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dery_cli.assembling import Assembler, Scored
+    from dery_cli.core.assemble import AssemblyProblem
 
 PARTITION_HINT = "dery partition"
+_UNPROVEN = "the program's optimum was not proven in the time allowed"
 
 
 @command
@@ -50,6 +61,29 @@ def assemble(
     min_flops: Annotated[
         str | None, typer.Option(metavar="SIZE", help="At least so many multiply-adds.")
     ] = None,
+    license_: Annotated[
+        list[str] | None,
+        typer.Option("--license", help="Use donors under this licence only; may be repeated."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Use these donors only; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Leave this donor out; may be repeated.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Use donors registered at this side only.")
+    ] = None,
+    max_donors: Annotated[
+        int | None, typer.Option("--max-donors", help="Take blocks of at most so many donors.")
+    ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Print the frontier over params and multiply-adds instead."),
+    ] = False,
+    require_optimal: Annotated[
+        bool, typer.Option("--require-optimal", help="Exit 1 unless the program's best is proven.")
+    ] = False,
     data: DataOption = None,
     name: Annotated[str, typer.Option("--name", help="Name of the assembly.")] = "default",
     candidates: Annotated[
@@ -93,6 +127,13 @@ def assemble(
         budget=Budget.parse(
             max_params=max_params, min_params=min_params, max_flops=max_flops, min_flops=min_flops
         ),
+        donors=DonorFilter(
+            licenses=tuple(license_ or ()),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            image_size=image_size,
+        ),
+        max_donors=max_donors,
         data=data,
         name=name,
         candidates=candidates,
@@ -112,16 +153,69 @@ def assemble(
     path = space.assembly(name)
     with space.lock(terminal.note):
         assembler, record, proxy_name = _prepare(space, config, device, workers)
+        if pareto:
+            return _pareto(terminal, space, assembler, record)
         found = unchanged(path, record)
         if found is not None:
             terminal.say(f"the assembly '{name}' is up to date")
         else:
-            found = _assemble(terminal, path, assembler, record, proxy_name)
+            found = _assemble(terminal, space, assembler, record, proxy_name, require_optimal)
+    if require_optimal and not found.data["program"]["optimal"]:
+        raise DeryError(_UNPROVEN, "raise or leave out --max-seconds")
     return _show(terminal, path, dict(found.data), name)
 
 
+def _scored(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> AssemblyProblem:
+    """The program, its gains and joints computed or taken from the scores artifact."""
+    parents = dict(record.parents)
+    wanted = Artifact(
+        kind="scores",
+        parents=parents,
+        options={"target_samples": record.options["target_samples"]},
+        seed=record.seed,
+    )
+    found = unchanged(space.scores, wanted)
+    if found is None:
+        count = len(assembler.zoo) * (assembler.target.labels is not None)
+        with terminal.progress("scoring blocks", count + len(assembler.blocks)) as bar:
+            data = assembler.scores(lambda phase: bar.update(bar.done + 1, phase))
+        found = write_record(space.scores, dataclasses.replace(wanted, data=data))
+    else:
+        terminal.detail("gains and joints are those of an earlier run")
+    return assembler.problem_of(found.data)
+
+
+def _pareto(terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact) -> Result:
+    """The frontier of the program's score over params and multiply-adds."""
+    from dery_cli.assembling import frontier
+
+    assembler.check_budget()
+    problem = _scored(terminal, space, assembler, record)
+    points, complete = frontier(assembler, problem)
+    path = space.assembly(assembler.config.name).parent / "pareto.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["score", "params", "flops", "network"])
+        writer.writerows([p["score"], p["params"], p["flops"], p["network"]] for p in points)
+    terminal.table(
+        f"frontier within {assembler.config.budget}",
+        ["score", "params", "multiply-adds", "network: donor[first node:last node]"],
+        [
+            [f"{p['score']:.4f}", show_count(p["params"]), show_count(p["flops"]), p["network"]]
+            for p in points
+        ],
+    )
+    if not complete:
+        terminal.say(f"the {len(points)} shown are spread over the budgets; there are more")
+    terminal.say(f"written to {path}")
+    return {"frontier": points, "complete": complete, "file": str(path)}
+
+
 def _prepare(
-    space: Any, config: AssembleConfig, device: str | None, workers: int
+    space: Workspace, config: AssembleConfig, device: str | None, workers: int
 ) -> tuple[Assembler, Artifact, str]:
     """Check the stages before, open the target, and say what the record will be."""
     from dery_cli.artifacts import read_record
@@ -177,7 +271,12 @@ def _prepare(
 
 
 def _assemble(
-    terminal: Terminal, path: Path, assembler: Assembler, record: Artifact, proxy_name: str
+    terminal: Terminal,
+    space: Workspace,
+    assembler: Assembler,
+    record: Artifact,
+    proxy_name: str,
+    require_optimal: bool,
 ) -> Artifact:
     from dery_cli.assembling import check_size, pick
     from dery_cli.assembly_store import MODEL_FILE, describe_network, licences, save_network
@@ -185,17 +284,16 @@ def _assemble(
 
     started = time.monotonic()
     config, target = assembler.config, assembler.target
+    path = space.assembly(config.name)
     if target.labels is None:
         terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
     assembler.check_budget()
-    with terminal.progress("probing blocks", len(assembler.zoo)) as bar:
-        gains = assembler.gains(bar.advance)
-    with terminal.progress("scoring joints", len(assembler.blocks)) as bar:
-        joints = assembler.joints(bar.advance)
-    problem = assembler.problem(gains, joints)
+    problem = _scored(terminal, space, assembler, record)
     found, proof = assembler.candidates(problem)
     if not proof["solver_agrees"]:
         terminal.warn(f"CBC and the exact search disagree; the search counts: {proof['agreement']}")
+    if require_optimal and not proof["optimal"]:
+        raise DeryError(_UNPROVEN, "raise or leave out --max-seconds")
     proxy = find_proxy(proxy_name)
     scored: list[Scored] = []
     with terminal.progress("building candidates", len(found)) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log
+from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log, write_record
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -20,14 +21,16 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import EmbedConfig, show_count
-from dery_cli.data import DataSet, open_data
+from dery_cli.config import AUTO, EmbedConfig, show_count
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.terminal import Terminal
-from dery_cli.types import Donor, Node
 
 if TYPE_CHECKING:
-    import torch
+    from dery_cli.embedder import Embedder
+    from dery_cli.embeddings import Calibration
+    from dery_cli.processes import Processes
+    from dery_cli.types import Donor
+    from dery_cli.zoo import Zoo
 
 
 @command
@@ -47,7 +50,12 @@ def embed(
     grid_samples: Annotated[
         int, typer.Option("--grid-samples", help="Images whose grid features are kept.")
     ] = 256,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images a batch.")] = 64,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            "--batch-size", "-b", help="Images a batch, or auto: as many as the memory holds."
+        ),
+    ] = "64",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Type of the stored features: fp16 or fp32.")
     ] = "fp16",
@@ -55,11 +63,24 @@ def embed(
         float, typer.Option("--crop", help="Side of the square crop, as a share of the short side.")
     ] = 0.95,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out donors with NaN or infinite features.")
+        bool,
+        typer.Option(
+            "--skip-bad",
+            help="Leave donors with NaN or infinite features out, here and in all later stages.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            envvar="DERY_THREADS",
+            min=1,
+            help="CPU threads of each process; all cores by default, whatever a launcher sets.",
+        ),
+    ] = None,
     workspace: WorkspaceOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
@@ -69,6 +90,9 @@ def embed(
 
     For each node: the mean over positions for all images (for similarity), and a small grid for the
     first --grid-samples (for stitches). A donor whose embedding is up to date is skipped.
+
+    'accelerate launch -m dery_cli embed ...' spreads the batches over processes and machines; with
+    the same --threads the files are the same byte for byte.
     """
     if data is None:
         raise UsageError(
@@ -80,88 +104,154 @@ def embed(
         samples=samples,
         grid=grid,
         grid_samples=grid_samples,
-        batch_size=batch_size,
+        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
         dtype=dtype,
         crop=crop,
         seed=seed,
         workers=workers,
     )
-    from dery_cli.embeddings import choose_calibration, embedding_artifact
-    from dery_cli.zoo import require_zoo
+    from dery_cli.embedder import Embedder
+    from dery_cli.processes import open_processes
 
     space = open_workspace(workspace)
-    zoo = require_zoo(space)
-    names = donor or zoo.names()
-    wanted = {name: zoo[name] for name in names}
-    images = open_data(data)
+    with open_processes(device, threads) as processes:
+        if not processes.main:  # it writes and prints nothing, its exit code says enough
+            raise typer.Exit(Embedder(space, config, processes).follow())
+        return _lead(terminal, space, config, processes, donor, skip_bad=skip_bad, dry_run=dry_run)
+
+
+def _lead(
+    terminal: Terminal,
+    space: Workspace,
+    config: EmbedConfig,
+    processes: Processes,
+    chosen: list[str] | None,
+    *,
+    skip_bad: bool,
+    dry_run: bool,
+) -> Result:
+    """The command, in the process that decides, locks, writes and prints."""
+    from dery_cli.data import open_data
+    from dery_cli.embedder import Embedder
+    from dery_cli.embeddings import choose_calibration
+    from dery_cli.zoo import require_zoo
+
+    _choose(require_zoo(space), chosen)
+    images = open_data(config.data)
     calibration = choose_calibration(config, images)
-    if len(calibration.indices) < samples and samples != EmbedConfig.samples:
-        terminal.warn(f"{data} has {len(calibration.indices)} training images, not {samples}")
-    records = {n: embedding_artifact(d, config, calibration) for n, d in wanted.items()}
-    todo = [n for n in names if unchanged(space.embedding(n), records[n]) is None]
     count = len(calibration.indices)
-    sizes = {n: _stored_bytes(wanted[n].anatomy.nodes, config, count) for n in todo}
-    result: Result = {
-        "data": calibration.spec,
-        "samples": count,
-        "embedded": todo,
-        "unchanged": [n for n in names if n not in todo],
-        "bytes": sum(sizes.values()),
-    }
+    if count < config.samples and config.samples != EmbedConfig.samples:
+        terminal.warn(f"{config.data} has {count} training images, not {config.samples}")
     if dry_run:
-        for name in todo:
-            terminal.say(f"{name}: {show_count(sizes[name])} bytes")
-        terminal.say(f"{show_count(result['bytes'])} bytes in all, in {space.embeddings}")
-        return result
-    if not todo:
-        terminal.say(f"all {len(names)} embeddings are up to date")
-        return result
-    free = shutil.disk_usage(space.root).free
-    if result["bytes"] > free:
-        raise DeryError(
-            f"the embeddings need {show_count(result['bytes'])} bytes, the disk has "
-            f"{show_count(free)}",
-            "fewer --samples, a smaller --grid, or another --workspace",
-        )
-    skipped = []
+        plan = _plan(space, _choose(require_zoo(space), chosen), config, calibration)
+        for name, size in plan.sizes.items():
+            terminal.say(f"{name}: {show_count(size)} bytes")
+        total = sum(plan.sizes.values())
+        terminal.say(f"{show_count(total)} bytes in all, in {space.embeddings}")
+        return plan.result()
     with space.lock(terminal.note):
-        for name in todo:
+        # another dery may have worked here until now
+        plan = _plan(space, _choose(require_zoo(space), chosen), config, calibration)
+        for name, error in plan.bad.items():
+            if not skip_bad:
+                raise DeryError(f"{name}: {error.message}", error.hint, details=error.details)
+            terminal.warn(f"{name} is left out: {error.message}")
+        if not plan.todo:
+            terminal.say(f"all {len(plan.records)} embeddings are up to date")
+            return plan.result()
+        _check_disk(space, sum(plan.sizes.values()))
+        embedder = Embedder(space, config, processes, images)
+        for name in plan.todo:
+            record = plan.records[name]
             try:
-                _embed_one(terminal, space, wanted[name], config, records[name], images, device)
+                _embed_one(terminal, space, plan.donors[name], config, record, embedder, processes)
             except DeryError as error:
                 if not (skip_bad and error.details and "node" in error.details):
                     raise DeryError(
                         f"{name}: {error.message}", error.hint, details=error.details
                     ) from error
+                _leave_out(space, name, record, error)
                 terminal.warn(f"{name} is left out: {error.message}")
-                skipped.append(name)
-    result["skipped"] = skipped
+                plan.bad[name] = error
+    result = plan.result()
     terminal.say(
-        f"embedded {len(todo) - len(skipped)} donors on {count} images of {data}; "
+        f"embedded {len(result['embedded'])} donors on {count} images of {config.data}; "
         f"{len(result['unchanged'])} were up to date"
     )
     return result
 
 
-def _stored_bytes(nodes: Sequence[Node], config: EmbedConfig, count: int) -> int:
-    from dery_cli.core.features import feature_specs
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be done.
+
+    Args:
+        donors: Those asked for.
+        records: What each embedding's record will say.
+        todo: Donors whose embedding is missing or out of date.
+        sizes: Bytes of each that will be written.
+        bad: Donors that are left out, and why.
+        data: Spec of the images.
+        count: How many images.
+    """
+
+    donors: dict[str, Donor]
+    records: dict[str, Artifact]
+    todo: list[str]
+    sizes: dict[str, int]
+    bad: dict[str, DeryError]
+    data: str
+    count: int
+
+    def result(self) -> Result:
+        return {
+            "data": self.data,
+            "samples": self.count,
+            "embedded": [name for name in self.todo if name not in self.bad],
+            "unchanged": [n for n in self.records if n not in self.todo and n not in self.bad],
+            "skipped": list(self.bad),
+            "bytes": sum(self.sizes.values()),
+            "bytes_per_donor": self.sizes,
+        }
+
+
+def _choose(zoo: Zoo, names: Sequence[str] | None) -> dict[str, Donor]:
+    return {name: zoo[name] for name in names or zoo.names()}
+
+
+def _plan(
+    space: Workspace, donors: dict[str, Donor], config: EmbedConfig, calibration: Calibration
+) -> _Plan:
+    from dery_cli.embedder import embedding_specs
+    from dery_cli.embeddings import embedding_artifact, why_left_out
     from dery_cli.stream import stream_nbytes
 
-    return stream_nbytes(
-        feature_specs(
-            nodes,
-            count,
-            grid=config.grid,
-            grid_samples=config.grid_samples,
-            dtype=_torch_dtype(config.dtype),
-        )
+    count = len(calibration.indices)
+    records = {n: embedding_artifact(d, config, calibration) for n, d in donors.items()}
+    found = {n: unchanged(space.embedding(n), record) for n, record in records.items()}
+    todo = [name for name, record in found.items() if record is None]
+    return _Plan(
+        donors=donors,
+        records=records,
+        todo=todo,
+        sizes={
+            name: stream_nbytes(embedding_specs(donors[name].anatomy.nodes, config, count))
+            for name in todo
+        },
+        bad={n: why for n, r in found.items() if r is not None and (why := why_left_out(r))},
+        data=calibration.spec,
+        count=count,
     )
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"fp16": torch.float16, "fp32": torch.float32}[name]
+def _check_disk(space: Workspace, needed: int) -> None:
+    free = shutil.disk_usage(space.root).free
+    if needed > free:
+        raise DeryError(
+            f"the embeddings need {show_count(needed)} bytes, the disk has {show_count(free)}",
+            "fewer --samples, a smaller --grid, or another --workspace",
+            details={"bytes_needed": needed, "bytes_free": free},
+        )
 
 
 def _embed_one(
@@ -170,58 +260,60 @@ def _embed_one(
     donor: Donor,
     config: EmbedConfig,
     record: Artifact,
-    images: DataSet,
-    device_name: str | None,
+    embedder: Embedder,
+    processes: Processes,
 ) -> None:
-    from dery_cli.core.features import embed_batches, feature_specs
-    from dery_cli.loading import ImageBatches, pick_device
+    from dery_cli.embedder import embedding_specs
+    from dery_cli.embeddings import finished, known_batch_size
+    from dery_cli.processes import NoMemoryError
     from dery_cli.stream import SafetensorsStream
-    from dery_cli.zoo import load_donor
 
     started = time.monotonic()
-    name = donor.name
-    device = pick_device(device_name)
-    dissection = load_donor(donor, space, device=device)
     indices = record.data["indices"]
-    dtype = _torch_dtype(config.dtype)
-    batches = ImageBatches(
-        images.train,
-        indices,
-        donor.input,
-        crop=config.crop,
-        batch_size=config.batch_size,
-        device=device,
-        workers=config.workers,
-    )
-    specs = feature_specs(
-        donor.anatomy.nodes,
-        len(indices),
-        grid=config.grid,
-        grid_samples=config.grid_samples,
-        dtype=dtype,
-    )
-    with transaction(space.embedding(name)) as work:
-        path = work.path(f"{name}.safetensors")
-        with (
-            SafetensorsStream(path, specs) as stream,
-            terminal.progress(name, len(indices)) as progress,
-        ):
-            for batch in embed_batches(
-                dissection,
-                batches,
-                grid=config.grid,
-                grid_samples=config.grid_samples,
-                dtype=dtype,
-            ):
-                for index, pooled in enumerate(batch.nodes):
-                    stream.write(f"{index}.feat_NC", pooled.feat_NC)
-                    stream.write(f"{index}.feat_NGC", pooled.feat_NGC)
-                    if f"{index}.prefix_NTC" in specs:
-                        stream.write(f"{index}.prefix_NTC", pooled.prefix_NTC)
-                progress.advance(len(batch.nodes[0].feat_NC))
-        work.commit(record)
-    seconds = time.monotonic() - started
+    auto = config.batch_size == AUTO
+    size = known_batch_size(space.embedding(donor.name), record) if auto else config.batch_size
+    size = embedder.load(donor, indices, None if size is None else int(size))
+    specs = embedding_specs(donor.anatomy.nodes, config, len(indices))
+    loaded = time.monotonic()
+    with transaction(space.embedding(donor.name)) as work:
+        path = work.path(f"{donor.name}.safetensors")
+        while True:
+            try:
+                with (
+                    SafetensorsStream(path, specs) as stream,
+                    terminal.progress(donor.name, len(indices)) as progress,
+                ):
+                    for rows in embedder.rows(size):
+                        for name, tensor in rows.items():
+                            stream.write(name, tensor)
+                        progress.advance(len(rows["0.feat_NC"]))
+                break
+            except NoMemoryError:
+                if size == 1 or not auto:
+                    raise DeryError(
+                        f"out of memory on {processes.device} with batches of {size}",
+                        f"--batch-size {AUTO}, or a number below {size}" if size > 1 else None,
+                    ) from None
+            size //= 2
+            terminal.note(f"{donor.name}: out of memory, again with batches of {size}")
+        work.commit(finished(record, size))
+    seconds = time.monotonic() - loaded
     write_log(
-        space.embeddings / f"{name}.log.json",
-        {"seconds": seconds, "device": str(device), "images_per_second": len(indices) / seconds},
+        space.embeddings / f"{donor.name}.log.json",
+        {
+            "seconds": time.monotonic() - started,
+            "images_per_second": len(indices) / seconds,
+            "device": str(processes.device),
+            "processes": processes.count,
+            "threads": processes.threads,
+        },
     )
+
+
+def _leave_out(space: Workspace, name: str, record: Artifact, error: DeryError) -> None:
+    """Replace the donor's embedding, if it has one, by the record of why it is left out."""
+    from dery_cli.embeddings import left_out
+
+    path = space.embedding(name)
+    space.remove(path, [f"{name}.safetensors"])
+    write_record(path, left_out(record, error))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged
+from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -184,6 +184,8 @@ def _train(
     resume: bool,
     device: str | None,
 ) -> Artifact:
+    from accelerate import PartialState
+
     from dery_cli.assembly_store import MODEL_FILE, save_network
     from dery_cli.training.evaluate import evaluate
     from dery_cli.training.loop import finetune as train
@@ -234,11 +236,12 @@ def _train(
         "test_loss": None if after is None else after.loss,
         "test_images": None if after is None else after.images,
     }
+    done = dataclasses.replace(record, data=data)
+    if not PartialState().is_main_process:  # under accelerate launch one process writes
+        return done
     with transaction(path) as work:
         save_network(work.path(MODEL_FILE), network)
-        done = work.commit(dataclasses.replace(record, data=data))
-    from dery_cli.artifacts import write_log
-
+        done = work.commit(done)
     write_log(
         path.with_name("run.log.json"),
         {"seconds": result.seconds, "updates_per_second": result.updates_per_second},

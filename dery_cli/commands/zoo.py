@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +14,32 @@ import typer
 
 from dery_cli.artifacts import file_sha256
 from dery_cli.commands._options import Result, WorkspaceOption, command, open_workspace
+from dery_cli.commands.check import check
 from dery_cli.config import check_name, show_count
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.manifest import ManifestEntry, find_manifest, read_manifest
-from dery_cli.plugin import ZOO_GROUP, ZooPlugin, describe_plugins, find_plugin
+from dery_cli.manifest import ManifestEntry, load_manifest
+from dery_cli.plugin import (
+    ZOO_GROUP,
+    BrokenPluginError,
+    ZooPlugin,
+    describe_plugins,
+    find_plugin,
+    list_models,
+)
 from dery_cli.terminal import Terminal
 from dery_cli.types import Donor
-from dery_cli.zoo import default_name, parse_spec, prepare_donor, read_zoo, resolve, write_zoo
+from dery_cli.zoo import (
+    default_name,
+    parse_spec,
+    plugin_sha256,
+    prepare_donor,
+    read_zoo,
+    resolve,
+    write_zoo,
+)
 
 zoo_app = typer.Typer(help="Register pretrained models as donors, look at them, drop them.")
+zoo_app.command("check")(check)
 
 
 @zoo_app.command("add")
@@ -61,7 +80,9 @@ def add(
     """Resolve, fetch, hash and dissect models, and register them as donors.
 
     Adding the same model again changes nothing. A donor's input size, and with it every grid, is
-    fixed here.
+    fixed here. Of several models each is registered when it is done; one that fails is left out
+    with a warning, and the exit code is 1 in the end. A model without a place to cut is registered
+    with a warning and serves as a whole.
     """
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,23 +92,37 @@ def add(
     if entries:
         entries[0] = dataclasses.replace(entries[0], name=name, weights=weights)
     if manifest is not None:
-        entries += read_manifest(find_manifest(manifest))
+        entries += load_manifest(manifest)
     if not entries:
         raise UsageError("nothing to add", "dery zoo add SPEC..., or dery zoo add --manifest demo")
-    for entry in entries:  # say what is wrong with any of them before the first is fetched
-        spec = parse_spec(entry.spec)
-        resolve(spec)
-        check_name(entry.name or default_name(spec), "donor")
+    named = _named(entries)
     space = open_workspace(workspace)
     added: list[Donor] = []
     present: list[str] = []
+    failed: dict[str, DeryError] = {}
     with space.lock(terminal.note):
         zoo = read_zoo(space)
-        with terminal.progress("adding donors", len(entries)) as progress:
-            for entry in entries:
-                donor = _prepare(
-                    entry, image_size, pretrained=pretrained, allow_partial=allow_partial
-                )
+        for donor_name, entry in named.items():
+            zoo.check_free(donor_name, entry.spec)
+        with terminal.progress("adding donors", len(named)) as progress:
+            for donor_name, entry in named.items():
+                try:
+                    donor = _prepare(
+                        donor_name,
+                        entry,
+                        terminal.warn,
+                        image_size=image_size,
+                        pretrained=pretrained,
+                        allow_partial=allow_partial,
+                    )
+                except DeryError as error:
+                    if len(named) == 1:
+                        raise
+                    hint = f" ({error.hint})" if error.hint else ""
+                    terminal.warn(f"{donor_name} is left out: {error.message}{hint}")
+                    failed[donor_name] = error
+                    progress.advance()
+                    continue
                 if zoo.donors.get(donor.name) == donor:
                     present.append(donor.name)
                 else:
@@ -100,31 +135,60 @@ def add(
     _table(terminal, added)
     for donor_name in present:
         terminal.say(f"{donor_name} was there already")
+    if failed:
+        raise _summary(failed, len(named), [donor.name for donor in added])
     return {"added": [d.to_json() for d in added], "unchanged": present, "donors": zoo.names()}
 
 
+def _named(entries: list[ManifestEntry]) -> dict[str, ManifestEntry]:
+    """The entries by the donor's name; says what is wrong with any before the first is fetched."""
+    named: dict[str, ManifestEntry] = {}
+    for entry in entries:
+        spec = parse_spec(entry.spec)
+        name = check_name(entry.name or default_name(spec), "donor")
+        if name in named:
+            raise UsageError(
+                f"two of the models would be named '{name}': {named[name].spec} and {entry.spec}",
+                "give one of them a name, with --as NAME or in the manifest",
+            )
+        named[name] = entry
+        # a broken plugin is its own models' failure alone, and is met again there
+        with contextlib.suppress(*(() if len(entries) == 1 else (BrokenPluginError,))):
+            resolve(spec)
+    return named
+
+
+def _summary(failed: dict[str, DeryError], total: int, added: list[str]) -> DeryError:
+    kind = UsageError if all(isinstance(e, UsageError) for e in failed.values()) else DeryError
+    return kind(
+        f"{len(failed)} of {total} models were not added: {', '.join(failed)}",
+        "the warnings above say why; the same command goes on with those that are left",
+        details={"failed": {name: e.message for name, e in failed.items()}, "added": added},
+    )
+
+
 def _prepare(
+    name: str,
     entry: ManifestEntry,
-    image_size: int | None,
+    warn: Callable[[str], None],
     *,
+    image_size: int | None,
     pretrained: bool,
     allow_partial: bool,
 ) -> Donor:
     side = entry.image_size or image_size
-    if entry.sha256 is not None and entry.weights is not None:
-        actual = file_sha256(entry.weights) if entry.weights.is_file() else "missing"
-        if actual != entry.sha256:
-            raise DeryError(
-                f"{entry.weights.name}: sha256 is {actual[:12]}, the manifest says "
-                f"{entry.sha256[:12]}"
-            )
+    if entry.weights is not None and not entry.weights.is_file():
+        raise UsageError(f"no such weights file: {entry.weights}", entry.note)
+    if entry.sha256 is not None and (pretrained or entry.weights is not None):
+        _check_hash(entry, entry.sha256, warn)
     donor, _ = prepare_donor(
         entry.spec,
-        name=entry.name,
+        name=name,
         image_size=None if side is None else (side, side),
         pretrained=pretrained,
         weights=entry.weights,
-        allow_partial=allow_partial,
+        allow_partial=allow_partial or entry.allow_partial,
+        warn=warn,
     )
     known = {
         key: value
@@ -136,6 +200,23 @@ def _prepare(
     if entry.weights is not None:
         kept = f"weights/{donor.name}{entry.weights.suffix}"
     return dataclasses.replace(donor, card=card, weights=kept)
+
+
+def _check_hash(entry: ManifestEntry, wanted: str, warn: Callable[[str], None]) -> None:
+    """Compare the manifest's sha256 with that of the weights file, or of the plugin's own."""
+    if entry.weights is not None:
+        what, actual = entry.weights.name, file_sha256(entry.weights)
+    else:
+        what, found = f"the weights of {entry.spec}", plugin_sha256(parse_spec(entry.spec))
+        if found is None:
+            warn(f"the sha256 of {what} is not checked: its plugin does not tell it")
+            return
+        actual = found
+    if actual != wanted:
+        raise DeryError(
+            f"{what}: sha256 is {actual[:12]}, the manifest says {wanted[:12]}",
+            "fetch the file again, or correct the manifest",
+        )
 
 
 def _keep_copy(source: Path | None, target: Path) -> None:
@@ -253,16 +334,17 @@ def plugins(
 ) -> Result:
     """List the plugins that give models and data, and what is wrong with the broken ones."""
     if models is not None:
-        names = list(find_plugin(ZOO_GROUP, models, ZooPlugin, what="zoo plugin").list_models())
+        plugin = find_plugin(ZOO_GROUP, models, ZooPlugin, what="zoo plugin")
+        names = list_models(models, plugin)
         for model in names:
             terminal.say(f"{models}/{model}")
         return {"plugin": models, "models": names}
     infos = describe_plugins()
     terminal.table(
         None,
-        ["group", "name", "package", "version", "state"],
+        ["group", "name", "package", "version", "models", "state"],
         [
-            [i.group, i.name, i.distribution, i.version, "broken" if i.error else "ok"]
+            [i.group, i.name, i.distribution, i.version, i.models, "broken" if i.error else "ok"]
             for i in infos
         ],
     )

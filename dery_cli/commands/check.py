@@ -1,0 +1,147 @@
+"""``dery zoo check``: prove that models keep the contract of the plugins' door."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dery_cli.commands._options import Result, command
+from dery_cli.config import show_count
+from dery_cli.errors import DeryError, UsageError
+from dery_cli.plugin import ZOO_GROUP, ZooPlugin, find_plugin, list_models
+from dery_cli.terminal import Terminal
+from dery_cli.zoo import Spec, parse_spec, resolve
+
+if TYPE_CHECKING:
+    from dery_cli.testing import Report
+
+
+@command
+def check(
+    terminal: Terminal,
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SPEC...", help="plugin/name[.tag], such as timm/resnet18"),
+    ] = None,
+    all_of: Annotated[
+        str | None,
+        typer.Option("--all", metavar="PLUGIN", help="Check every model of this plugin."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", help="Input side in pixels; the model's own else.")
+    ] = None,
+) -> Result:
+    """Prove on random weights that models can be taken apart, costed, trained and saved.
+
+    For each model: its card; it builds without weights and network; its blocks in a row equal it;
+    params and multiply-adds add up; it trains as a whole and in blocks alike; its weights survive
+    a file. Exit code 1 if any check fails. A model that cannot be cut is reported as 'whole only':
+    it serves as a whole donor.
+    """
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"--image-size is {image_size}", "give a side in pixels")
+    wanted = [parse_spec(text) for text in specs or []]
+    for spec in wanted:
+        resolve(spec)
+    plugins = {name: find_plugin(ZOO_GROUP, name, ZooPlugin) for name in {s.plugin for s in wanted}}
+    if all_of is not None:
+        plugins[all_of] = find_plugin(ZOO_GROUP, all_of, ZooPlugin, what="zoo plugin")
+        wanted += [Spec(all_of, name) for name in list_models(all_of, plugins[all_of])]
+    wanted = list(dict.fromkeys(wanted))
+    if not wanted:
+        raise UsageError("nothing to check", "dery zoo check SPEC..., or dery zoo check --all demo")
+
+    from dery_cli.testing import check_model
+
+    reports: dict[str, Report] = {}
+    with terminal.progress("checking models", len(wanted)) as progress:
+        for spec in wanted:
+            report = check_model(plugins[spec.plugin], spec.model, image_size)
+            reports[str(spec)] = report
+            progress.advance()
+    _show(terminal, reports, details=all_of is None)
+    results = [{"spec": spec, **report.to_json()} for spec, report in reports.items()]
+    failed = [spec for spec, report in reports.items() if not report.ok]
+    if failed:
+        raise DeryError(
+            f"{len(failed)} of {len(reports)} models break the contract: {failed[0]}"
+            f"{f' and {len(failed) - 1} more' if len(failed) > 1 else ''}: "
+            f"{_why(reports[failed[0]])}",
+            details={"models": results, "failed": failed},
+        )
+    return {"models": results, "failed": []}
+
+
+def _why(report: Report) -> str:
+    return "; ".join(f"{c.name}: {c.detail}" for c in report.failures)
+
+
+def _show(terminal: Terminal, reports: dict[str, Report], *, details: bool) -> None:
+    for spec, report in reports.items():
+        if details:
+            _nodes(terminal, spec, report)
+            for found in report.checks:
+                state = "ok    " if found.ok else "FAILED"
+                terminal.say(f"{state} {found.name}: {found.detail}")
+            terminal.say()
+    terminal.table(
+        None,
+        ["model", "result", "units", "layout", "stride", "tokens", "params", "multiply-adds"],
+        [_row(spec, report) for spec, report in reports.items()],
+    )
+    for spec, report in reports.items():
+        if not report.ok:
+            terminal.warn(f"{spec} breaks the contract: {_why(report)}")
+        elif report.whole_only is not None:
+            terminal.say(f"{spec} is whole only: {report.whole_only}")
+
+
+def _row(spec: str, report: Report) -> list[Any]:
+    result = "FAILED" if not report.ok else "ok" if report.whole_only is None else "whole only"
+    anatomy = report.anatomy
+    if anatomy is None:
+        return [spec, result, *[None] * 6]
+    n = anatomy.num_units
+    return [
+        spec,
+        result,
+        n,
+        "/".join(report.layouts()) or None,
+        _range(report.strides()),
+        _range(report.tokens()),
+        show_count(anatomy.params(0, n)),
+        show_count(anatomy.flops(0, n)),
+    ]
+
+
+def _range(values: list[Any]) -> str | None:
+    if not values:
+        return None
+    first, last = f"{values[0]:g}", f"{values[-1]:g}"
+    return first if first == last else f"{first}..{last}"
+
+
+def _nodes(terminal: Terminal, spec: str, report: Report) -> None:
+    if report.anatomy is None or report.input is None:
+        return
+    height, width = report.input.image_size
+    terminal.table(
+        f"{spec} at {height}x{width}",
+        ["node", "name", "layout", "shape", "stride", "tokens", "params", "multiply-adds"],
+        [
+            [
+                node.index,
+                node.name,
+                node.layout,
+                "x".join(str(s) for s in node.shape),
+                f"{height / node.grid[0]:g}" if node.layout != "NC" else None,
+                f"{node.shape[0]}" + (f" ({p} prefix)" if (p := node.num_prefix_tokens) else "")
+                if node.layout == "NLC"
+                else None,
+                show_count(node.params),
+                show_count(node.flops),
+            ]
+            for node in report.anatomy.nodes
+        ],
+    )

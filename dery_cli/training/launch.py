@@ -1,0 +1,65 @@
+"""The processes of a run: which device, which precision, who holds the folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+
+from dery_cli.errors import DeryError, UsageError
+from dery_cli.training.recipe import FinetuneConfig
+from dery_cli.training.runlog import run_lock
+
+
+def make_accelerator(config: FinetuneConfig, device: str | torch.device | None) -> Accelerator:
+    """Accelerate's view of the processes, the device and the precision.
+
+    Raises:
+        UsageError: The device is not there, or cannot compute in that precision.
+    """
+    chosen = None if device is None else torch.device(device)
+    if chosen is not None and chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"there is no device {device}", "use --device cpu")
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)
+    # Accelerate keeps one state a process: an earlier run may have had another device or precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        return Accelerator(
+            cpu=chosen is not None and chosen.type == "cpu",
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.grad_accum,
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+            rng_types=[],
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"cannot train on {device or 'this device'} in {config.mixed_precision}: {error}",
+            "use --mixed-precision no",
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(accelerator: Accelerator, run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder in the main process; the others fail with it."""
+    failure: DeryError | None = None
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(run_lock(run_dir))
+            except DeryError as error:
+                failure = error
+        if accelerator.num_processes > 1:
+            flag = torch.tensor([float(failure is not None)], device=accelerator.device)
+            if accelerator.reduce(flag, reduction="sum").item() and failure is None:
+                failure = DeryError(f"another process is fine-tuning in {run_dir}")
+        if failure is not None:
+            raise failure
+        yield

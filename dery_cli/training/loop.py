@@ -1,0 +1,431 @@
+"""Fine-tuning: the Accelerate loop, from a network and data to the best weights of a run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.utils.data import Dataset
+
+from dery_cli.errors import DeryError, UsageError
+from dery_cli.training import checkpoint as ckpt
+from dery_cli.training import optim
+from dery_cli.training.distill import Objective, check_head, make_trainee
+from dery_cli.training.launch import locked, make_accelerator
+from dery_cli.training.loaders import score, train_loader, valid_loader
+from dery_cli.training.plan import Plan, make_plan
+from dery_cli.training.progress import Clock, FinetuneResult, Progress
+from dery_cli.training.recipe import FinetuneConfig
+from dery_cli.training.runlog import append_metrics, rewind_metrics
+from dery_cli.training.sampling import (
+    check_labels,
+    derive_seed,
+    labels_of,
+    random_state_kept,
+    seed_all,
+)
+from dery_cli.training.signals import Interruption
+from dery_cli.training.state import (
+    check_identity,
+    load_strict,
+    pack_optimizer,
+    run_identity,
+    unpack_optimizer,
+)
+
+UPDATES_BETWEEN_CHECKS = 16
+"""On an accelerator losses are looked at this seldom, since looking waits for the device."""
+
+
+def finetune(
+    model: nn.Module,
+    train: Dataset[Any],
+    valid: Dataset[Any] | None,
+    config: FinetuneConfig,
+    run_dir: Path,
+    *,
+    classes: Sequence[str],
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    teacher: nn.Module | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> FinetuneResult:
+    """Train ``model``, keeping checkpoints and ``metrics.jsonl`` in ``run_dir``.
+
+    Afterwards the model holds the best weights (averaged where they are averaged, the last ones
+    without validation data), in eval mode, on the device it was trained on. Every random draw
+    comes from (seed, epoch, image, update), so on a CPU a resumed run gives the same numbers as an
+    uninterrupted one to the bit. Under ``accelerate launch`` every process calls this.
+
+    Args:
+        model: Maps normalised images to logits; parameters of blocks are named ``blocks.*``.
+        train: Gives (augmented, normalised image, label); told by index, in any order.
+        valid: Gives (normalised image, label); the best checkpoint is chosen on it.
+        config: How.
+        run_dir: The run's folder; an earlier run in it is replaced unless ``resume``.
+        classes: Class names in label order.
+        device: ``cpu``, ``cuda``, ``cuda:1`` ...; None takes what Accelerate finds best.
+        resume: Go on from the last checkpoint.
+        teacher: Network to learn from, shown the same images (see ``Teacher``).
+        progress: Called after every update, in the main process.
+        stop: Asked between updates; True saves a checkpoint and returns.
+
+    Raises:
+        UsageError: Settings, data and network do not fit together.
+        DeryError: The folder is in use, a checkpoint is damaged or cannot be written, or the loss
+            is not finite any more.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+    """
+    for dataset, what in ((train, "training"), (valid, "validation")):
+        if dataset is not None:
+            check_labels(labels_of(dataset), len(classes), what)
+    check_head(model, len(classes))
+    accelerator = make_accelerator(config, device)
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    with random_state_kept():
+        run = _Run(accelerator, model, train, valid, config, run_dir, classes, teacher)
+        with locked(accelerator, run_dir), Interruption() as interruption:
+            try:
+                run.begin(resume)
+                run.go(progress, lambda: interruption.received is not None or bool(stop and stop()))
+                result = run.result()
+            finally:
+                run.close(required)
+    interruption.redeliver()
+    return result
+
+
+class _Run:
+    """One run: what it trains, where it stands."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        train: Dataset[Any],
+        valid: Dataset[Any] | None,
+        config: FinetuneConfig,
+        run_dir: Path,
+        classes: Sequence[str],
+        teacher: nn.Module | None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.train = train
+        self.config = config
+        self.run_dir = run_dir
+        self.classes = list(classes)
+        processes = accelerator.num_processes
+        self.plan: Plan = make_plan(config, len(train), processes=processes)  # type: ignore[arg-type]
+        for note in self.plan.notes:
+            warnings.warn(note, stacklevel=4)
+        seed_all(derive_seed(config.seed, "adapter"))
+        self.trainee = make_trainee(model, config, teacher).to(accelerator.device)
+        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
+        self.objective = Objective(config, len(classes), self.teacher)
+        self.trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+        groups = optim.parameter_groups(model, config)
+        if self.trainee.adapter is not None:
+            adapter = list(self.trainee.adapter.parameters())
+            groups.append({"params": adapter, "lr": config.lr, "weight_decay": 0.0})
+        self.optimizer = accelerator.prepare_optimizer(optim.make_optimizer(groups, config))
+        self.ema = optim.make_ema(model, config)
+        self.identity = run_identity(
+            config,
+            classes,
+            labels_of(train),
+            images=self.plan.images,
+            teacher=teacher is not None,
+        )
+        self.valid_loader = (
+            None if valid is None else valid_loader(accelerator, valid, self.plan, config)
+        )
+        self.wrapped: nn.Module = self.trainee
+        self.step = 0
+        self.saved_step: int | None = None
+        self.losses: list[torch.Tensor] = []  # of updates not yet looked at
+        self.loss_sum, self.loss_count = 0.0, 0  # since the last report
+        self.last_loss: float | None = None
+        self.best: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.clock = Clock()
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def begin(self, resume: bool) -> None:
+        """Start afresh, or from the last checkpoint; afterwards there is one to fall back to."""
+        if resume:
+            self._load()
+        elif self.accelerator.is_main_process:
+            ckpt.keep_only(self.run_dir, last=None, best=None)
+            rewind_metrics(self.run_dir, -1)
+        self._enter_phase()
+        if not resume:
+            self._save()
+        self.accelerator.wait_for_everyone()
+
+    def go(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool]) -> None:
+        """Train to the end, or until ``stop``."""
+        loader = train_loader(self.accelerator, self.train, self.plan, self.config, self.step)
+        batches = iter(loader)
+        try:
+            self._train(batches, progress, stop)
+        finally:
+            batches.close()  # ends the loading processes
+            loader.end()
+
+    def _train(
+        self,
+        batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        reports = set(self.plan.reports)
+        while self.step < self.plan.steps:
+            if self._look(stop()):
+                self._save()
+                return
+            with self.clock.update():
+                lr = self._update(batches)
+            report = None
+            if self.step in reports:
+                with self.clock.report():
+                    report = self._report(lr)
+            if progress is not None and self.accelerator.is_main_process:
+                progress(self._progress(lr, report))
+
+    def _update(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """One optimizer update; returns its learning rate."""
+        config, accelerator = self.config, self.accelerator
+        phase = self.plan.phase(self.step)
+        if self.step == phase.start and self.step:
+            self._enter_phase()
+        lr = self._lr()
+        total: torch.Tensor | float = 0.0
+        for micro in range(config.grad_accum):
+            images_BCHW, labels_B = next(batches)
+            rank = accelerator.process_index
+            seed_all(derive_seed(config.seed, "update", self.step, micro, rank))
+            with accelerator.accumulate(self.wrapped):
+                loss = self.objective(self.wrapped, images_BCHW, labels_B)
+                accelerator.backward(loss)
+                if config.clip_grad is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.trainee.parameters(), config.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total = total + loss.detach() / config.grad_accum
+        self.step += 1
+        self.scheduler.step_update(self.step - phase.start)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        assert isinstance(total, torch.Tensor)
+        self.losses.append(total)
+        return lr
+
+    def _look(self, stop: bool, *, now: bool = False) -> bool:
+        """Look at the losses and the wish to stop, together on all processes.
+
+        Raises:
+            DeryError: A loss is not finite.
+        """
+        alone = self.accelerator.num_processes == 1
+        patient = self.accelerator.device.type != "cpu" and not (now or (alone and stop))
+        if patient and len(self.losses) < UPDATES_BETWEEN_CHECKS:
+            return False
+        flag = torch.tensor([float(stop)], device=self.accelerator.device)
+        seen = torch.cat([flag, *(loss.float().reshape(1) for loss in self.losses)])
+        if not alone:
+            seen = self.accelerator.reduce(seen, reduction="mean")
+        wish, *losses = seen.tolist()
+        first = self.step - len(losses) + 1
+        self.losses = []
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                raise self._diverged(step, loss)
+            self.loss_sum += loss
+            self.loss_count += 1
+            self.last_loss = loss
+        return bool(wish > 0)
+
+    def _report(self, lr: float) -> dict[str, Any]:
+        """Score, note and save."""
+        self._look(False, now=True)
+        line: dict[str, Any] = {
+            "step": self.step,
+            "epoch": round(self.plan.epoch(self.step), 4),
+            "lr": lr,
+            "train_loss": self.loss_sum / max(self.loss_count, 1),
+        }
+        self.loss_sum, self.loss_count = 0.0, 0
+        if self.valid_loader is not None:
+            line.update(score(self.accelerator, self._evaluated(), self.valid_loader, self.classes))
+        done = self.step == self.plan.steps
+        better = self._is_better(line) if self.valid_loader is not None else done
+        if better:
+            self.best = {k: v for k, v in line.items() if k == "step" or k.startswith("valid_")}
+        self.history.append(line)
+        if self.accelerator.is_main_process:
+            append_metrics(self.run_dir, line)
+            if better:
+                state = {"classes": self.classes, **self.best}
+                weights = {"model": self._evaluated().state_dict()}
+                ckpt.save_checkpoint(self.run_dir, "best", self.step, weights, state)
+        self._save()
+        return line
+
+    def _is_better(self, line: dict[str, Any]) -> bool:
+        if not self.best:
+            return True
+        loss, best_loss = line["valid_loss"], self.best["valid_loss"]
+        ranks = [(line["valid_top1"], -loss), (self.best["valid_top1"], -best_loss)]
+        return math.isfinite(loss) and (ranks[0] > ranks[1] or not math.isfinite(best_loss))
+
+    def _evaluated(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    # -- phases -----------------------------------------------------------------------------
+
+    def _enter_phase(self) -> None:
+        """Freeze or free the blocks, and start this phase's schedule."""
+        config, phase = self.config, self.plan.phase(self.step)
+        optim.set_trainable(self.model, frozen=phase.frozen, trainable=self.trainable)
+        optim.set_train_mode(self.model, frozen=phase.frozen, batch_norm=config.batch_norm)
+        norms = optim.batch_norms(self.model)
+        if norms and self.accelerator.num_processes > 1:
+            if self.accelerator.device.type == "cuda":
+                convert_sync_batchnorm(self.trainee)
+            else:
+                warnings.warn(
+                    f"{len(norms)} batch norms ({norms[0]}, ...) see only their own process's "
+                    f"part of each batch on the CPU: the numbers depend on the number of processes",
+                    stacklevel=4,
+                )
+        self.scheduler = optim.make_scheduler(self.optimizer, config, phase)
+        self.scheduler.step_update(self.step - phase.start)
+        if self.wrapped is not self.trainee:
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.wrapped = self.accelerator.prepare_model(self.trainee)
+
+    def _lr(self) -> float:
+        """Of stitches and head; groups of blocks carry a scale."""
+        for group in self.optimizer.param_groups:
+            if scale := group.get("lr_scale", 1.0):
+                return float(group["lr"] / scale)
+        return 0.0
+
+    # -- saving -----------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Save everything a resumed run needs, then remove older checkpoints."""
+        self._look(False, now=True)
+        if self.saved_step == self.step:
+            return
+        self.saved_step = self.step
+        if self.accelerator.is_main_process:
+            tensors: dict[str, Any] = {"model": self.model.state_dict()}
+            if self.ema is not None:
+                tensors["ema"] = self.ema.module.state_dict()
+            if self.trainee.adapter is not None:
+                tensors["adapter"] = self.trainee.adapter.state_dict()
+            tensors["optimizer"], optimizer = pack_optimizer(self.optimizer.optimizer)
+            scaler = self.accelerator.scaler
+            state = {
+                "run": self.identity,
+                "optimizer": optimizer,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "random": {"seed": self.config.seed, "step": self.step},
+                "loss": [self.loss_sum, self.loss_count],
+                "best": self.best,
+            }
+            ckpt.save_checkpoint(self.run_dir, "last", self.step, tensors, state)
+            ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> None:
+        folder = ckpt.find_checkpoint(self.run_dir, "last")
+        if folder is None:
+            raise UsageError(
+                f"{self.run_dir} holds no checkpoint to resume from", "leave out --resume"
+            )
+        saved = ckpt.load_checkpoint(folder)
+        check_identity(saved.state["run"], self.identity, folder)
+        load_strict(self.model, saved.tensors["model"], folder / "model.safetensors")
+        if self.ema is not None:
+            load_strict(self.ema.module, saved.tensors["ema"], folder / "ema.safetensors")
+        if self.trainee.adapter is not None:
+            load_strict(
+                self.trainee.adapter, saved.tensors["adapter"], folder / "adapter.safetensors"
+            )
+        unpack_optimizer(
+            self.optimizer.optimizer, saved.tensors["optimizer"], saved.state["optimizer"]
+        )
+        if self.accelerator.scaler is not None and saved.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        self.step = self.saved_step = saved.step
+        self.loss_sum, self.loss_count = saved.state["loss"]
+        self.best = dict(saved.state["best"])
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
+            self.history = rewind_metrics(self.run_dir, self.step)
+
+    def _diverged(self, step: int, loss: float) -> DeryError:
+        last = ckpt.find_checkpoint(self.run_dir, "last")
+        return DeryError(
+            f"the loss is {loss} at update {step} of {self.plan.steps}; "
+            f"the last good checkpoint is {last}",
+            "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed",
+            details={"step": step, "checkpoint": None if last is None else str(last)},
+        )
+
+    # -- the end ----------------------------------------------------------------------------
+
+    def result(self) -> FinetuneResult:
+        """The result; the model gets the best weights where there are any."""
+        best, last = (ckpt.find_checkpoint(self.run_dir, kind) for kind in ("best", "last"))
+        assert last is not None
+        if best is not None:
+            weights = ckpt.load_checkpoint(best, only="model").tensors["model"]
+            load_strict(self.model, weights, best / "model.safetensors")
+        return FinetuneResult(
+            finished=self.step == self.plan.steps,
+            steps=self.step,
+            epochs=self.plan.epoch(self.step),
+            batch_size=self.plan.batch_size,
+            best_step=self.best.get("step", 0),
+            best={k: v for k, v in self.best.items() if k != "step"},
+            history=tuple(self.history),
+            seconds=self.clock.seconds,
+            updates_per_second=self.clock.updates_per_second,
+            best_dir=best,
+            last_dir=last,
+        )
+
+    def close(self, required: dict[str, bool]) -> None:
+        """Give the model back as it came, but trained; free what Accelerate holds."""
+        self.accelerator.free_memory()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(required[name])
+            parameter.grad = None
+        self.model.eval()
+
+    def _progress(self, lr: float, report: dict[str, Any] | None) -> Progress:
+        left = self.plan.steps - self.step
+        reports = sum(mark > self.step for mark in self.plan.reports)
+        return Progress(
+            step=self.step,
+            steps=self.plan.steps,
+            epoch=self.plan.epoch(self.step),
+            lr=lr,
+            loss=self.last_loss,
+            eta=self.clock.eta(left, reports),
+            report=report,
+        )

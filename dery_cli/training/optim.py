@@ -1,0 +1,147 @@
+"""What is trained, at which rate: parameter groups, freezing, schedule, averaged weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dery_cli.errors import UsageError
+from dery_cli.training.plan import Phase, warmup_updates
+from dery_cli.training.recipe import FinetuneConfig
+
+EMBEDDINGS = frozenset(
+    ("cls_token", "dist_token", "pos_embed", "reg_token", "relative_position_bias_table")
+)
+"""Parameters of several dimensions that weight decay would only pull towards nothing."""
+
+
+def is_block(name: str) -> bool:
+    """Whether a parameter or buffer belongs to a donor's block."""
+    return name.startswith("blocks.")
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay acts on a parameter: not on norms, biases and embeddings."""
+    last = name.rpartition(".")[2]
+    return parameter.ndim > 1 and not last.endswith("bias") and last not in EMBEDDINGS
+
+
+def layer_scales(names: list[str], decay: float) -> dict[str, float]:
+    """Learning rate factor of each block parameter: ``decay`` to the layers up to the head.
+
+    A layer is what shares a name up to the last number among its first four parts after
+    ``blocks.<k>`` (``layer2.0``, ``stages.0.blocks.1``), or its first two parts (``s2.b1``), in
+    the order the model lists its parameters.
+    """
+    layers: dict[str, int] = {}
+    layer_by_name = {}
+    for name in filter(is_block, names):
+        layer_by_name[name] = layers.setdefault(_layer_key(name), len(layers))
+    return {name: decay ** (len(layers) - layer) for name, layer in layer_by_name.items()}
+
+
+def _layer_key(name: str) -> str:
+    stage, parts = name.split(".")[:2], name.split(".")[2:]
+    numbers = [i for i, part in enumerate(parts[:4]) if re.fullmatch(r"\d+", part)]
+    return ".".join(stage + parts[: numbers[-1] + 1 if numbers else 2])
+
+
+def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay, in a fixed order.
+
+    The groups carry ``lr_scale``, which timm's schedulers multiply the rate by, and ``names``.
+
+    Raises:
+        UsageError: Nothing is left to train.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if config.mode == "frozen":
+        named = [(name, p) for name, p in named if not is_block(name)]
+    if not named:
+        raise UsageError(
+            f"--mode {config.mode} leaves no parameter to train", "use --mode full, or add a head"
+        )
+    scales = layer_scales([name for name, _ in named], config.layer_decay)
+    own = getattr(model, "no_weight_decay", None)
+    skip = own() if callable(own) else ()
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in named:
+        scale = config.block_lr_scale * scales[name] if is_block(name) else 1.0
+        wd = config.weight_decay if decays(name, parameter) and name not in skip else 0.0
+        group = groups.setdefault(
+            (scale, wd),
+            {"params": [], "names": [], "lr": config.lr, "lr_scale": scale, "weight_decay": wd},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.optim.Optimizer:
+    """The optimizer timm has by that name, over the groups.
+
+    Raises:
+        UsageError: timm knows no such optimizer.
+    """
+    bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    try:
+        return create_optimizer_v2(
+            bare, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"timm has no optimizer {config.optimizer!r}", "for example adamw, sgd, lamb, lion"
+        ) from error
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: FinetuneConfig, phase: Phase
+) -> CosineLRScheduler:
+    """Cosine with warm-up over one phase (timm's); step it by the updates since its start."""
+    warmup = warmup_updates(config, phase)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(phase.steps - warmup, 1),
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=config.lr / (warmup + 1),
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def make_ema(model: nn.Module, config: FinetuneConfig) -> ModelEmaV3 | None:
+    """Averaged weights (timm's); decay 1 - n^(-2/3) after n updates until it reaches the config's.
+
+    So after 150 updates it averages over the last 28 or so, and the initial weights are forgotten.
+    """
+    if config.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+
+
+def set_trainable(model: nn.Module, *, frozen: bool, trainable: frozenset[str]) -> None:
+    """Let gradients reach the parameters named, under ``frozen`` only those outside blocks."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable and not (frozen and is_block(name)))
+
+
+def set_train_mode(model: nn.Module, *, frozen: bool, batch_norm: str) -> None:
+    """Training mode, except for frozen blocks and, under ``fixed``, the blocks' batch norms."""
+    model.train()
+    for name, module in model.named_modules():
+        inside = name == "blocks" or is_block(name)
+        if inside and (frozen or (batch_norm == "fixed" and isinstance(module, _BatchNorm))):
+            module.training = False
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """Names of the batch norms that are normalising by the batch now."""
+    return [n for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]

@@ -1,0 +1,108 @@
+"""What a run tells while it goes and when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands, for a progress bar.
+
+    Args:
+        step: Updates done.
+        steps: Updates in all.
+        epoch: Passes over the training images.
+        lr: Learning rate of stitches and head in the update just done.
+        loss: Training loss last looked at.
+        eta: Seconds left, from the pace of this process; None before there is one.
+        report: The line just added to ``metrics.jsonl``, or None.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    lr: float
+    loss: float | None
+    eta: float | None
+    report: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What a run came to.
+
+    Args:
+        finished: False where ``stop`` ended it early.
+        steps: Updates done.
+        epochs: Passes over the training images.
+        batch_size: Images of one update.
+        best_step: Update the best weights are from.
+        best: Their ``valid_loss`` and ``valid_top1``; empty without validation data.
+        history: The lines of ``metrics.jsonl``.
+        seconds: Spent by this process.
+        updates_per_second: Of this process, scoring and saving left out.
+        best_dir: Checkpoint with the best weights.
+        last_dir: Checkpoint to resume from.
+    """
+
+    finished: bool
+    steps: int
+    epochs: float
+    batch_size: int
+    best_step: int
+    best: dict[str, float]
+    history: tuple[dict[str, Any], ...]
+    seconds: float
+    updates_per_second: float
+    best_dir: Path | None
+    last_dir: Path
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["history"] = list(self.history)
+        data["best_dir"] = self.best_dir and self.best_dir.name
+        data["last_dir"] = self.last_dir.name
+        return data
+
+
+class Clock:
+    """Seconds spent on updates and on reports, for the pace and an honest time left."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.spent = {"update": 0.0, "report": 0.0}
+        self.count = {"update": 0, "report": 0}
+
+    def update(self) -> contextlib.AbstractContextManager[None]:
+        return self._timed("update")
+
+    def report(self) -> contextlib.AbstractContextManager[None]:
+        return self._timed("report")
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - start
+        self.count[what] += 1
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    @property
+    def updates_per_second(self) -> float:
+        return self.count["update"] / max(self.spent["update"], 1e-9)
+
+    def eta(self, updates: int, reports: int) -> float | None:
+        """Seconds for so many more; a report not yet seen counts as nothing."""
+        if not self.count["update"]:
+            return None
+        mean = {what: self.spent[what] / max(self.count[what], 1) for what in self.spent}
+        return updates * mean["update"] + reports * mean["report"]

@@ -1,0 +1,257 @@
+"""How a network is fine-tuned, as plain data: the configuration and the named recipes.
+
+Nothing here imports torch, so that a command can check its options before the heavy imports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dery_cli.errors import UsageError
+
+MODES = ("frozen", "full", "stitch-then-full")
+PRECISIONS = ("no", "fp16", "bf16")
+BATCH_NORM = ("train", "fixed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Everything the training loop may be told.
+
+    Args:
+        mode: ``frozen`` trains stitches and head (the paper's FROZEN-TUNING; blocks stay in eval
+            mode), ``full`` everything, ``stitch-then-full`` one after the other.
+        epochs: Passes over the training images; this or ``steps``.
+        steps: Optimizer updates; this or ``epochs``.
+        stitch_fraction: Share of the updates spent frozen under ``stitch-then-full``.
+        batch_size: Images of one update, over all processes and accumulated micro-batches.
+        grad_accum: Micro-batches an update is made of.
+        optimizer: A name timm's optimizer factory knows.
+        lr: Peak learning rate of stitches and head.
+        block_lr_scale: Learning rate of the blocks as a factor of ``lr``.
+        layer_decay: Further factor per layer of the blocks, counted back from the head; 1 is none.
+        weight_decay: Of weights of two and more dimensions; norms, biases and embeddings get none.
+        warmup: Share of the updates during which the learning rate rises linearly.
+        min_lr: Learning rate the cosine ends at.
+        clip_grad: Norm the gradient is clipped to, None for no clipping.
+        batch_norm: ``train`` normalises by the batch and updates the running statistics, ``fixed``
+            keeps the statistics the blocks came with.
+        label_smoothing: Probability spread over all classes.
+        ema_decay: Largest decay of the averaged weights, reached by a warm-up; None for no average.
+        mixup: Alpha of Mixup's beta distribution, 0 for none.
+        cutmix: Alpha of CutMix, 0 for none.
+        randaugment: Magnitude 0 to 10 of RandAugment, None for none.
+        crop_scale: Smallest and largest area share of a random resized crop, None for none.
+        crop_ratio: Smallest and largest aspect ratio of that crop.
+        crop_padding: Random shift by up to this share of the image's side, instead of that crop.
+        hflip: Probability of a mirror image; mirrored digits or letters are other classes.
+        distill_logits: Weight 0 to 1 of the teacher's logits against the labels.
+        distill_temperature: Temperature both logits are divided by.
+        distill_features: Weight of the teacher's pre-logits, matched through a linear map.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``; None takes what ``accelerate launch`` says.
+        seed: Of the data order, the augmentation, Mixup and dropout.
+        workers: Processes that load images; the numbers do not depend on it.
+        report_every: Updates between two scores, metrics lines and checkpoints; None reports at
+            the end of an epoch, and not before ``MIN_UPDATES_BETWEEN_REPORTS``.
+
+    Raises:
+        UsageError: A value is out of its range, or ``epochs`` and ``steps`` contradict.
+    """
+
+    mode: str = "full"
+    epochs: int | None = None
+    steps: int | None = None
+    stitch_fraction: float = 0.3
+    batch_size: int = 64
+    grad_accum: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    block_lr_scale: float = 1.0
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    min_lr: float = 1e-6
+    clip_grad: float | None = None
+    batch_norm: str = "train"
+    label_smoothing: float = 0.1
+    ema_decay: float | None = 0.9998
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: int | None = None
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: float = 0.0
+    hflip: float = 0.0
+    distill_logits: float = 0.5
+    distill_temperature: float = 2.0
+    distill_features: float = 0.0
+    mixed_precision: str | None = None
+    seed: int = 0
+    workers: int = 0
+    report_every: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, MODES)
+        _one_of("batch_norm", self.batch_norm, BATCH_NORM)
+        if self.mixed_precision is not None:
+            _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        if (self.epochs is None) == (self.steps is None):
+            raise UsageError(
+                f"give either epochs or steps, not {'both' if self.epochs else 'neither'}",
+                "for example --epochs 100, or --steps 150",
+            )
+        for name in ("epochs", "steps", "batch_size", "grad_accum", "report_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be 1 or more, not {value}")
+        for name in ("lr", "layer_decay", "distill_temperature"):
+            _above_zero(name, getattr(self, name))
+        for name in ("block_lr_scale", "weight_decay", "min_lr", "mixup", "cutmix"):
+            _not_negative(name, getattr(self, name))
+        for name in ("distill_features", "seed", "workers"):
+            _not_negative(name, getattr(self, name))
+        for name in ("hflip", "distill_logits"):
+            _within(name, getattr(self, name), 0.0, 1.0)
+        _within("layer_decay", self.layer_decay, 0.0, 1.0)
+        for name in ("warmup", "stitch_fraction", "label_smoothing", "crop_padding"):
+            _within(name, getattr(self, name), 0.0, 1.0, below=True)
+        if self.ema_decay is not None:
+            _within("ema_decay", self.ema_decay, 0.0, 1.0, below=True)
+        if self.randaugment is not None:
+            _within("randaugment", self.randaugment, 0, 10)
+        if self.clip_grad is not None:
+            _above_zero("clip_grad", self.clip_grad)
+        if self.min_lr > self.lr:
+            raise UsageError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        self._check_crop()
+
+    def _check_crop(self) -> None:
+        _range("crop_ratio", self.crop_ratio, math.inf)
+        if self.crop_scale is None:
+            return
+        _range("crop_scale", self.crop_scale, 1.0)
+        if self.crop_padding:
+            raise UsageError(
+                "crop_scale and crop_padding exclude each other",
+                "a random resized crop already shifts the image: leave crop_padding at 0",
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, which needs an even batch."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in data.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FinetuneConfig:
+        _known_fields(data)
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return cls(**fields)
+
+
+NUMBERS_DO_NOT_DEPEND_ON = ("workers",)
+"""Fields a resumed run may change."""
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    # A few hundred to a few thousand labelled images.
+    "default": {
+        "mode": "full",
+        "steps": 150,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "block_lr_scale": 1.0,
+        "warmup": 0.1,
+        "clip_grad": 1.0,
+        "ema_decay": 0.9998,
+        "crop_padding": 0.06,
+    },
+    # The paper's: AdamW 1e-3, cosine, RandAugment, Mixup, CutMix, label smoothing, EMA.
+    "paper": {
+        "mode": "full",
+        "epochs": 100,
+        "batch_size": 1024,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "warmup": 0.05,
+        "min_lr": 1e-5,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.9998,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "randaugment": 9,
+        "crop_scale": (0.08, 1.0),
+        "hflip": 0.5,
+    },
+}
+
+
+def make_config(recipe: str = "default", **changes: Any) -> FinetuneConfig:
+    """The named recipe with some of its fields changed; None leaves a field as the recipe has it.
+
+    Changing ``steps`` drops the recipe's ``epochs`` and the other way round; so do ``crop_scale``
+    and ``crop_padding``.
+
+    Raises:
+        UsageError: No such recipe or field, or a value out of range.
+    """
+    if recipe not in RECIPES:
+        close = difflib.get_close_matches(recipe, RECIPES, n=1)
+        raise UsageError(
+            f"no recipe is called {recipe!r}",
+            f"did you mean {close[0]}?" if close else f"recipes: {', '.join(sorted(RECIPES))}",
+        )
+    changes = {name: value for name, value in changes.items() if value is not None}
+    _known_fields(changes)
+    fields = dict(RECIPES[recipe])
+    for one, other in (("steps", "epochs"), ("crop_scale", "crop_padding")):
+        if one in changes and other not in changes:
+            fields.pop(other, None)
+        if other in changes and one not in changes:
+            fields.pop(one, None)
+    return FinetuneConfig(**{**fields, **changes})
+
+
+def _known_fields(data: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(FinetuneConfig)]
+    for name in data:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"fine-tuning has no setting {name!r}",
+                f"did you mean {close[0]}?" if close else f"settings: {', '.join(known)}",
+            )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}", f"choose one of {', '.join(allowed)}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise UsageError(f"{name} must be above 0, not {value:g}")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise UsageError(f"{name} must be 0 or more, not {value:g}")
+
+
+def _within(name: str, value: float, low: float, high: float, *, below: bool = False) -> None:
+    if not low <= value <= high or (below and value == high):
+        upper = f"below {high:g}" if below else f"at most {high:g}"
+        raise UsageError(f"{name} must be at least {low:g} and {upper}, not {value:g}")
+
+
+def _range(name: str, value: tuple[float, float], high: float) -> None:
+    if len(value) != 2 or not 0 < value[0] <= value[1] <= high:
+        raise UsageError(f"{name} must be two rising numbers above 0, not {value}")

@@ -1,0 +1,118 @@
+"""A run's state as named tensors and JSON, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dery_cli.errors import DeryError, UsageError
+from dery_cli.training.recipe import NUMBERS_DO_NOT_DEPEND_ON, FinetuneConfig
+
+
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state dict: tensors as ``<parameter index>.<key>``, the rest as JSON."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            where = tensors if isinstance(value, torch.Tensor) else plain
+            where[f"{index}.{key}"] = value
+    return tensors, {"plain": plain, "param_groups": state["param_groups"]}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    data: Mapping[str, Any],
+) -> None:
+    """Load what ``pack_optimizer`` gave; tuples that JSON made lists become tuples again."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **data["plain"]}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+        for group in data["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Load a state dict that must fit name by name and shape by shape.
+
+    Raises:
+        DeryError: It does not; names what differs.
+    """
+    own = module.state_dict()
+    missing = sorted(set(own) - set(tensors))
+    unknown = sorted(set(tensors) - set(own))
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if missing or unknown or shapes:
+        parts = [
+            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for what, names in (("without", missing), ("with unknown", unknown), ("with", shapes))
+            if names
+        ]
+        raise DeryError(
+            f"{source} is of another network: {'; '.join(parts)}",
+            "fine-tune this network without --resume",
+        )
+    module.load_state_dict(tensors)
+
+
+def run_identity(
+    config: FinetuneConfig,
+    classes: Sequence[str],
+    labels: Sequence[int] | None,
+    *,
+    images: int,
+    teacher: bool,
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run."""
+    text = json.dumps(None if labels is None else list(labels))
+    return {
+        "config": config.to_json(),
+        "classes": list(classes),
+        "images": images,
+        "labels_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "teacher": teacher,
+    }
+
+
+def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to resume with other data or options than the checkpoint's.
+
+    Raises:
+        UsageError: Names the first that differs, with both values.
+    """
+    for what in ("classes", "images", "labels_sha256", "teacher"):
+        if saved[what] != own[what]:
+            raise UsageError(
+                f"{folder} was trained with other data: {what} {_short(saved[what])}, "
+                f"now {_short(own[what])}",
+                "resume with the same data, or leave out --resume",
+            )
+    for name, value in own["config"].items():
+        if name not in NUMBERS_DO_NOT_DEPEND_ON and saved["config"].get(name) != value:
+            raise UsageError(
+                f"{folder} was trained with {name} {saved['config'].get(name)}, now {value}",
+                "resume with the same options, or leave out --resume",
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

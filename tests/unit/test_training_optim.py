@@ -1,0 +1,137 @@
+"""Parameter groups, freezing, the schedule and the averaged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dery_cli.errors import UsageError
+from dery_cli.training import optim
+from dery_cli.training.plan import learning_rate, make_plan
+from dery_cli.training.recipe import FinetuneConfig
+from tests.unit.training_standins import Assembly
+
+
+def groups_of(model, **changes):
+    groups = optim.parameter_groups(model, FinetuneConfig(steps=10, **changes))
+    return {name: group for group in groups for name in group["names"]}
+
+
+def test_norms_biases_and_embeddings_get_no_weight_decay():
+    model = Assembly()
+    model.blocks[0].pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
+    model.stitches["1"].position_bias = nn.Parameter(torch.zeros(4, 8))
+    groups = groups_of(model, weight_decay=0.3)
+    assert groups.keys() == {name for name, _ in model.named_parameters()}
+    decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.3}
+    assert decayed == {"blocks.0.0.weight", "blocks.1.0.weight", "stitches.1.weight", "head.weight"}
+    assert {g["weight_decay"] for n, g in groups.items() if n not in decayed} == {0.0}
+
+
+def test_what_a_model_itself_excludes_from_weight_decay_is_respected():
+    model = Assembly()
+    model.no_weight_decay = lambda: {"head.weight"}
+    assert groups_of(model)["head.weight"]["weight_decay"] == 0.0
+
+
+def test_blocks_have_a_rate_of_their_own():
+    groups = groups_of(Assembly(), block_lr_scale=0.1)
+    assert {g["lr_scale"] for n, g in groups.items() if n.startswith("blocks.")} == {0.1}
+    assert {g["lr_scale"] for n, g in groups.items() if not n.startswith("blocks.")} == {1.0}
+
+
+def test_layer_decay_counts_layers_back_from_the_head():
+    names = [
+        "blocks.0.patch_embed.proj.weight",
+        "blocks.0.layer1.0.conv1.weight",
+        "blocks.0.layer1.0.bn1.weight",
+        "blocks.0.s2.b1.conv1.conv.weight",
+        "blocks.2.stages.1.blocks.0.mlp.fc1.weight",
+        "stitches.1.weight",
+    ]
+    scales = optim.layer_scales(names, 0.5)
+    assert scales == dict(zip(names[:5], [1 / 16, 1 / 8, 1 / 8, 1 / 4, 1 / 2], strict=True))
+
+
+def test_frozen_leaves_blocks_out_of_the_optimizer():
+    assert set(groups_of(Assembly(), mode="frozen")) == {
+        "stitches.1.weight",
+        "stitches.1.bias",
+        "head.weight",
+        "head.bias",
+    }
+
+
+def test_parameters_that_were_fixed_stay_fixed_and_nothing_to_train_is_an_error():
+    model = Assembly()
+    model.head.bias.requires_grad_(False)
+    assert "head.bias" not in groups_of(model)
+    with pytest.raises(UsageError, match="--mode full leaves no parameter to train"):
+        groups_of(model.requires_grad_(False))
+
+
+def test_an_unknown_optimizer_is_named():
+    config = FinetuneConfig(steps=1, optimizer="adamx")
+    with pytest.raises(UsageError, match="timm has no optimizer 'adamx'"):
+        optim.make_optimizer(optim.parameter_groups(Assembly(), config), config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 40, "warmup": 0.1},
+        {"steps": 40, "warmup": 0.0, "min_lr": 1e-5},
+        {"steps": 1},
+        {"steps": 60, "mode": "stitch-then-full", "stitch_fraction": 0.4, "block_lr_scale": 0.3},
+    ],
+)
+def test_timms_schedule_follows_the_closed_form(changes):
+    config = FinetuneConfig(lr=0.01, **changes)
+    plan = make_plan(config, 100)
+    groups = optim.parameter_groups(Assembly(), config)
+    optimizer = optim.make_optimizer(groups, config)
+    for phase in plan.phases:
+        scheduler = optim.make_scheduler(optimizer, config, phase)
+        for step in range(phase.start, phase.start + phase.steps):
+            scheduler.step_update(step - phase.start)
+            expected = learning_rate(config, phase, step)
+            for group, made in zip(groups, optimizer.param_groups, strict=True):
+                assert made["lr"] == pytest.approx(expected * group["lr_scale"], rel=1e-9)
+                assert made["weight_decay"] == group["weight_decay"]
+
+
+def test_frozen_blocks_are_in_eval_mode_and_get_no_gradient():
+    model = Assembly()
+    everything = frozenset(name for name, _ in model.named_parameters())
+    optim.set_trainable(model, frozen=True, trainable=everything)
+    optim.set_train_mode(model, frozen=True, batch_norm="train")
+    assert not any(p.requires_grad for p in model.blocks.parameters())
+    assert all(p.requires_grad for p in model.head.parameters())
+    assert not any(module.training for module in model.blocks.modules())
+    assert model.training
+    assert model.stitches["1"].training
+    assert optim.batch_norms(model) == []
+    optim.set_trainable(model, frozen=False, trainable=everything - {"head.bias"})
+    optim.set_train_mode(model, frozen=False, batch_norm="fixed")
+    assert model.blocks[0][0].weight.requires_grad
+    assert not model.head.bias.requires_grad
+    assert model.blocks[1][5].training  # dropout
+    assert optim.batch_norms(model) == []
+    optim.set_train_mode(model, frozen=False, batch_norm="train")
+    assert optim.batch_norms(model) == ["blocks.0.1", "blocks.1.1"]
+
+
+def test_averaged_weights_forget_the_first_ones_within_a_few_hundred_updates():
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+    ema = optim.make_ema(model, FinetuneConfig(steps=150, ema_decay=0.9998))
+    nn.init.ones_(model.weight)
+    value = 0.0
+    for step in range(1, 151):
+        ema.update(model, step=step)
+        decay = 0.0 if step < 2 else min(1 - step ** (-2 / 3), 0.9998)
+        value = decay * value + (1 - decay) * 1.0
+    assert ema.module.weight.item() == pytest.approx(value)
+    assert value == pytest.approx(1.0)
+    assert optim.make_ema(model, FinetuneConfig(steps=1, ema_decay=None)) is None
