@@ -259,7 +259,7 @@ def free_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    free = int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
     for limit, used in (
         ("memory.max", "memory.current"),  # the container's, cgroup 2 and 1
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

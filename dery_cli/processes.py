@@ -1,9 +1,10 @@
 """The processes of one command: those that a launcher started, or this one alone.
 
-``accelerate launch --num_processes N -m dery_cli ...`` starts the same command N times. The main
-process decides, locks, writes and prints; the others carry out what it orders. What crosses is
-JSON and raw tensors. Every exchange is one call of ``share`` in all processes, so that the failure
-of one ends that exchange in all; a process that is gone shows as a closed connection.
+``accelerate launch -m dery_cli ...`` on N devices, ``torchrun --nproc-per-node N -m dery_cli ...``
+and MPI start the same command N times. The main process decides, locks, writes and prints; the
+others carry out what it orders. What crosses is JSON and raw tensors. Every exchange is one call of
+``share`` in all processes, so that the failure of one ends that exchange in all; a process that is
+gone shows as a closed connection.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from dery_cli.loading import pick_device
 
 PATIENCE = datetime.timedelta(hours=2)
 """How long a process waits for one that is alive and silent, say for the workspace's lock."""
+
+
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class NoMemoryError(Exception):
@@ -118,7 +122,9 @@ class LaunchedProcesses(Processes):
         import torch.distributed as dist
         from accelerate import PartialState
 
-        state: Any = PartialState(cpu=device_name == "cpu")
+        # an MPS device cannot be shared
+        no_device = not torch.accelerator.is_available() or torch.backends.mps.is_available()
+        state: Any = PartialState(cpu=device_name == "cpu" or _on_cpu() or no_device)
         self._state = state
         self.rank, self.count = int(state.process_index), int(state.num_processes)
         super().__init__(_own_device(state.device, device_name), threads)
@@ -192,20 +198,34 @@ class LaunchedProcesses(Processes):
             yield
         except RuntimeError as error:
             self._broken = True
+            reason = str(error).strip().splitlines()[0]
             raise DeryError(
-                "another process of this run has ended or hangs",
+                f"another process of this run has ended or hangs: {reason}",
                 "see its message; rerun the same command, what is finished is kept",
             ) from error
 
 
 def launched() -> bool:
-    """Whether a launcher started several processes."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    """Whether a launcher started several processes: torchrun, Accelerate or MPI."""
+    return any(int(os.environ.get(name) or 1) > 1 for name in _COUNTS)
 
 
-def is_follower() -> bool:
-    """Whether this is one of several processes, and not the main one."""
-    return launched() and int(os.environ.get("RANK") or 0) > 0
+def alone_by_mistake() -> str | None:
+    """A warning where several processes were asked for and one was started.
+
+    ``accelerate launch --cpu --num_processes 2`` does that: without MPI it starts one process and
+    tells it where the others would be.
+    """
+    if launched() or not _on_cpu() or "MASTER_PORT" not in os.environ:
+        return None
+    return (
+        "the launcher started this process alone (on CPUs, accelerate starts several only with "
+        "MPI); to have N: torchrun --nproc-per-node N -m dery_cli ..."
+    )
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
 @contextlib.contextmanager

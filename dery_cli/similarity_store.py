@@ -28,6 +28,11 @@ class StoredSimilarity:
     result: Similarity
     index: tuple[tuple[str, int], ...]
 
+    @property
+    def directional(self) -> bool:
+        """Whether sim(i, j) may differ from sim(j, i): how well node i predicts node j."""
+        return bool(self.record.data["directional"])
+
 
 def node_index(zoo: Zoo) -> list[tuple[str, int]]:
     """The nodes that are compared, row by row: node 0 of no donor, the others in order."""
@@ -38,14 +43,28 @@ def node_index(zoo: Zoo) -> list[tuple[str, int]]:
     ]
 
 
-def similarity_artifact(embeddings: Embeddings, metric: str, options: dict[str, Any]) -> Artifact:
-    """The record of a similarity matrix, before its file is hashed."""
+def similarity_artifact(
+    embeddings: Embeddings, metric: str, options: dict[str, Any], *, directional: bool
+) -> Artifact:
+    """The record of a similarity matrix, before its file is hashed.
+
+    Args:
+        embeddings: Of the donors compared.
+        metric: Its name.
+        options: What the result depends on; ``seed`` is among them where something is drawn.
+        directional: Whether sim(i, j) may differ from sim(j, i).
+    """
+    options = dict(options)
+    seed = options.pop("seed", None)
     return Artifact(
         kind="similarity",
         parents={f"embedding/{name}": sha for name, sha in embeddings.hashes.items()},
         options={"metric": metric, **options},
-        seed=None,
-        data={"index": [[name, node] for name, node in node_index(embeddings.zoo)]},
+        seed=seed,
+        data={
+            "index": [[name, node] for name, node in node_index(embeddings.zoo)],
+            "directional": directional,
+        },
     )
 
 

@@ -91,8 +91,8 @@ def embed(
     For each node: the mean over positions for all images (for similarity), and a small grid for the
     first --grid-samples (for stitches). A donor whose embedding is up to date is skipped.
 
-    'accelerate launch -m dery_cli embed ...' spreads the batches over processes and machines; with
-    the same --threads the files are the same byte for byte.
+    'accelerate launch -m dery_cli embed ...', or torchrun in its place, spreads the batches over
+    processes and machines; with the same --threads the files are the same byte for byte.
     """
     if data is None:
         raise UsageError(
@@ -111,12 +111,18 @@ def embed(
         workers=workers,
     )
     from dery_cli.embedder import Embedder
-    from dery_cli.processes import open_processes
+    from dery_cli.processes import alone_by_mistake, open_processes
 
     space = open_workspace(workspace)
+    if (warning := alone_by_mistake()) is not None:
+        terminal.warn(warning)
     with open_processes(device, threads) as processes:
         if not processes.main:  # it writes and prints nothing, its exit code says enough
-            raise typer.Exit(Embedder(space, config, processes).follow())
+            try:
+                code = Embedder(space, config, processes).follow()
+            except DeryError as error:
+                code = error.exit_code
+            raise typer.Exit(code)
         return _lead(terminal, space, config, processes, donor, skip_bad=skip_bad, dry_run=dry_run)
 
 

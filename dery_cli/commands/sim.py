@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, runtime_checkable
 
 import typer
 
@@ -11,12 +13,15 @@ from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, writ
 from dery_cli.commands._options import (
     DeviceOption,
     Result,
+    SeedOption,
     WorkspaceOption,
     command,
     open_workspace,
 )
 from dery_cli.config import parse_size
+from dery_cli.core.metrics import Metric, MetricOptions
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.plugin import find_plugin, guarded, plugin_names
 from dery_cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -24,32 +29,92 @@ if TYPE_CHECKING:
     from dery_cli.embeddings import Embeddings
     from dery_cli.similarity_store import StoredSimilarity
 
-METRICS = ("cka", "rbf_cka", "lr", "ridge")
+METRIC_GROUP = "dery.metrics"
+
+# what a built-in metric's result depends on, beside the features; a plugin's may depend on all
+USES = {
+    "cka": ("minibatch", "biased"),
+    "rbf_cka": ("minibatch", "biased", "bandwidth"),
+    "lr": ("projection",),
+    "ridge": ("penalty", "folds"),
+}
+
+
+@runtime_checkable
+class MetricPlugin(Protocol):
+    """What ``core.metrics.Metric`` has. Entry-point group ``dery.metrics``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def directional(self) -> bool: ...
+
+    @property
+    def fn(self) -> Any: ...
+
+
+def find_metric(name: str) -> Metric:
+    """Load a similarity metric by name; see ``core.metrics``.
+
+    Raises:
+        UsageError: No such metric.
+        DeryError: It cannot be loaded.
+    """
+    return cast(Metric, find_plugin(METRIC_GROUP, name, MetricPlugin, what="metric"))
 
 
 @command
 def sim(
     terminal: Terminal,
     metric: Annotated[
-        str, typer.Option("--metric", help=f"Representation similarity: {', '.join(METRICS)}.")
+        str,
+        typer.Option(
+            "--metric", help="Representation similarity: cka, rbf_cka, lr, ridge, or a plugin's."
+        ),
     ] = "cka",
     minibatch: Annotated[
-        int, typer.Option("--minibatch", help="Samples a Gram matrix is built from (cka).")
-    ] = 256,
+        int | None,
+        typer.Option(
+            "--minibatch",
+            help="Samples a Gram matrix is built from (cka, rbf_cka); 256, or all if fewer.",
+        ),
+    ] = None,
     biased: Annotated[
-        bool, typer.Option("--biased", help="The plain HSIC estimator, not the unbiased one (cka).")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--biased/--unbiased",
+            help="The plain HSIC estimator, or the unbiased one (cka, rbf_cka).",
+            show_default="unbiased",
+        ),
+    ] = None,
     bandwidth: Annotated[
-        float, typer.Option("--bandwidth", help="RBF bandwidth over the median distance (rbf_cka).")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            "--bandwidth", help="RBF bandwidth over the median distance (rbf_cka); 1 by default."
+        ),
+    ] = None,
     projection: Annotated[
         int | None,
-        typer.Option("--projection", help="Random directions wide predictors are reduced to (lr)."),
+        typer.Option(
+            "--projection", help="Random directions wide predictors are reduced to (lr); off."
+        ),
+    ] = None,
+    penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--penalty", help="Penalty over the mean feature variance (ridge); 0.01 by default."
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option("--folds", help="Parts of the cross-validation (ridge); 5 by default."),
     ] = None,
     memory: Annotated[
         str, typer.Option("--memory", help="Bytes that may be in use at once, such as 4G.")
     ] = "4G",
     workspace: WorkspaceOption = None,
+    seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> Result:
     """Compare all nodes of all donors at once, from their embeddings.
@@ -57,34 +122,79 @@ def sim(
     Adding a donor computes only its own pairs. The matrix is similarity/METRIC.safetensors, its
     index the JSON beside it; raw estimates may leave [0, 1], the programs clamp them.
     """
-    if metric not in METRICS:
-        raise UsageError(f"--metric is '{metric}'", f"choose from {', '.join(METRICS)}")
+    names = plugin_names(METRIC_GROUP)
+    if metric not in names:
+        raise UsageError(f"--metric is '{metric}'", f"choose from {', '.join(names)}")
+    given = {
+        name: value
+        for name, value in {
+            "minibatch": minibatch,
+            "biased": biased,
+            "bandwidth": bandwidth,
+            "projection": projection,
+            "penalty": penalty,
+            "folds": folds,
+        }.items()
+        if value is not None
+    }
+    for name in given:
+        if name not in USES.get(metric, given):
+            users = [other for other, used in USES.items() if name in used]
+            raise UsageError(
+                f"--{name} is no option of the metric {metric}",
+                f"it belongs to {' and '.join(users)}",
+            )
     memory_bytes = parse_size(memory, "--memory")
-    options: dict[str, Any] = {"minibatch": minibatch, "biased": biased}
-    if metric == "rbf_cka":
-        options["bandwidth"] = bandwidth
-    if metric == "lr":
-        options["projection"] = projection
 
     from dery_cli.embeddings import read_embeddings
     from dery_cli.similarity_store import read_similarity, similarity_artifact
     from dery_cli.zoo import require_zoo
 
     space = open_workspace(workspace)
-    zoo = require_zoo(space)
-    embeddings = read_embeddings(space, zoo)
-    count = len(embeddings.calibration.indices)
-    if metric in ("cka", "rbf_cka") and count < minibatch:
-        options["minibatch"] = count
-    record = similarity_artifact(embeddings, metric, options)
-    path = space.similarity(metric)
+    require_zoo(space)
+    found = find_metric(metric)
     with space.lock(terminal.note):
-        if unchanged(path, record) is not None:
+        embeddings = read_embeddings(space, require_zoo(space))
+        for warning in embeddings.warnings:
+            terminal.warn(warning)
+        options = _options(given, len(embeddings.calibration.indices), seed)
+        record = similarity_artifact(
+            embeddings, metric, _recorded(metric, options), directional=found.directional
+        )
+        if unchanged(space.similarity(metric), record) is not None:
             stored = read_similarity(space, metric)
             terminal.say(f"the similarity '{metric}' is up to date")
         else:
-            stored = _compute(terminal, space, record, embeddings, options, memory_bytes, device)
+            options = dataclasses.replace(options, memory=memory_bytes, device=_device(device))
+            stored = _compute(terminal, space, record, embeddings, found, options)
     return _summary(terminal, stored)
+
+
+def _device(name: str | None) -> str:
+    from dery_cli.loading import pick_device
+
+    return str(pick_device(name))
+
+
+def _options(given: dict[str, Any], count: int, seed: int) -> MetricOptions:
+    """Options for ``count`` samples.
+
+    Raises:
+        UsageError: One is out of its range.
+    """
+    if "minibatch" not in given:
+        least = 2 if given.get("biased") else 4
+        given = {**given, "minibatch": max(least, min(MetricOptions.minibatch, count))}
+    return MetricOptions(seed=seed, **given)
+
+
+def _recorded(metric: str, options: MetricOptions) -> dict[str, Any]:
+    """The options that the result depends on; the seed only where something is drawn."""
+    recorded = dataclasses.asdict(options)
+    del recorded["memory"], recorded["device"]
+    draws = metric not in USES or (metric == "lr" and options.projection is not None)
+    used = [*USES.get(metric, recorded), *(["seed"] if draws else [])]
+    return {name: recorded[name] for name in used}
 
 
 def _compute(
@@ -92,47 +202,49 @@ def _compute(
     space: Workspace,
     record: Artifact,
     embeddings: Embeddings,
-    options: dict[str, Any],
-    memory: int,
-    device: str | None,
+    metric: Metric,
+    options: MetricOptions,
 ) -> StoredSimilarity:
     from safetensors.torch import save_file
 
     from dery_cli.core import similarity as core
-    from dery_cli.loading import pick_device
     from dery_cli.similarity_store import StoredSimilarity, node_index
 
     started = time.monotonic()
-    metric = record.options["metric"]
-    path = space.similarity(metric)
+    name = record.options["metric"]
+    path = space.similarity(name)
     index = node_index(embeddings.zoo)
-    metrics = {m.name: m for m in (core.CKA, core.RBF_CKA, core.LR, core.RIDGE)}
     known = _known(space, record, embeddings)
-    chosen = core.MetricOptions(memory=memory, device=str(pick_device(device)), **options)
-    with terminal.progress(f"similarity of {len(index)} nodes", 100) as bar:
+    foreign = guarded(name, "a similarity") if name not in USES else contextlib.nullcontext()
+    with foreign, terminal.progress(f"similarity of {len(index)} nodes", 100) as bar:
         result = core.similarity(
             [embeddings.features(donor, node) for donor, node in index],
-            metrics[metric],
-            chosen,
+            metric,
+            options,
             known=known,
             progress=lambda done, total: bar.update(100 * done // max(total, 1)),
         )
+        if result.sim_PP.shape != (len(index),) * 2:
+            raise ValueError(f"{len(index)} nodes gave a matrix {tuple(result.sim_PP.shape)}")
         bar.update(100)
     for warning in result.warnings:
         terminal.warn(warning)
+    numer_PP = result.numer_PP
+    if numer_PP.data_ptr() == result.sim_PP.data_ptr():  # no file holds one tensor twice
+        numer_PP = numer_PP.clone()
     with transaction(path) as work:
         save_file(
             {
-                "sim_PP": result.sim_PP,
-                "numer_PP": result.numer_PP,
-                "unit_P": result.unit_P,
+                "sim_PP": result.sim_PP.contiguous(),
+                "numer_PP": numer_PP.contiguous(),
+                "unit_P": result.unit_P.contiguous(),
             },
-            work.path(f"{metric}.safetensors"),
+            work.path(f"{name}.safetensors"),
         )
         record = work.commit(record)
     seconds = time.monotonic() - started
     log = {"seconds": seconds, "reused": known is not None}
-    write_log(path.with_name(f"{metric}.log.json"), log)
+    write_log(path.with_name(f"{name}.log.json"), log)
     terminal.say(f"compared {len(index)} nodes of {len(embeddings.zoo)} donors in {seconds:.1f} s")
     return StoredSimilarity(record=record, result=result, index=tuple(index))
 
@@ -146,7 +258,7 @@ def _known(space: Workspace, record: Artifact, embeddings: Embeddings) -> Known 
         before = read_similarity(space, record.options["metric"])
     except DeryError:
         return None
-    if dict(before.record.options) != dict(record.options):
+    if dict(before.record.options) != dict(record.options) or before.record.seed != record.seed:
         return None
     same = {
         key.partition("/")[2]

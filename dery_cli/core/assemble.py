@@ -56,6 +56,8 @@ __all__ = [
 # more edges than this are first reduced to those that one of the best few answers may use
 _DIRECT_EDGES = 4000
 _REDUCE_TO_BEST = 32
+# python-mip takes a second for each ten thousand edges, and CBC more: beyond this nothing is stated
+_MOST_EDGES = 60_000
 # a budget becomes at most this many units: fine, and still resolved by CBC's tolerance
 _UNITS = 2**20
 # in millionths of score: CBC's own tolerance on the objective
@@ -68,6 +70,7 @@ class MipStatus(enum.StrEnum):
     OPTIMAL = "optimal"
     INFEASIBLE = "infeasible"
     TIME_LIMIT = "time limit"
+    TOO_LARGE = "too large"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,8 @@ class MipAnswer:
     """What CBC says.
 
     Args:
-        status: ``optimal`` and ``infeasible`` hold to CBC's tolerance, on the rounded budgets.
+        status: ``optimal`` and ``infeasible`` hold to CBC's tolerance, on the rounded budgets;
+            ``too large`` means that too many edges were left to state the program.
         assembly: Its answer, counted anew in integers; None if it has none.
         broken: What of the problem that answer breaks, in words; empty if nothing.
         num_blocks: Block variables of the program.
@@ -155,9 +159,14 @@ def solve(
     blocks, edges = np.flatnonzero(use_B).tolist(), np.flatnonzero(use_E).tolist()
     rows = _budget_rows(problem, use_B, use_E)
     stages = {int(problem.stage_B[b]) for b in blocks}
+    settled = None
     if len(stages) < problem.num_stages or any(r.is_maximum and r.limit < 0 for r in rows):
+        settled = MipStatus.INFEASIBLE
+    elif len(edges) > _MOST_EDGES:
+        settled = MipStatus.TOO_LARGE
+    if settled is not None:
         return MipAnswer(
-            status=MipStatus.INFEASIBLE,
+            status=settled,
             assembly=None,
             broken=(),
             num_blocks=len(blocks),
@@ -304,7 +313,9 @@ def cross_check(mip_answer: MipAnswer, search_result: SearchResult) -> Agreement
     gap = None if best is None or answer is None else best.score - answer.score
     if answer is not None and mip_answer.broken:
         return Agreement(False, f"CBC's answer breaks a limit: {mip_answer.broken[0]}", gap)
-    cut_short = mip_answer.status is MipStatus.TIME_LIMIT
+    if mip_answer.status is MipStatus.TOO_LARGE:
+        reason = f"the program was not stated: {mip_answer.num_edges:,} edges are left"
+        return Agreement(True, reason, gap)
     if best is None:
         if answer is None:
             return Agreement(True, "neither finds an assembly that fits", gap)
@@ -317,7 +328,7 @@ def cross_check(mip_answer: MipAnswer, search_result: SearchResult) -> Agreement
         return Agreement(True, "the search ran out of time before CBC's answer", gap)
     if gap is not None and gap <= _TOLERANCE:
         return Agreement(True, "same score", gap)
-    if cut_short:
+    if mip_answer.status is MipStatus.TIME_LIMIT:
         return Agreement(True, "CBC ran out of time before the best answer", gap)
     missed = [
         a

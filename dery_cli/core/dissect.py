@@ -211,7 +211,7 @@ class _Plan:
         """Trace once more, another batch size and training mode, to see what depends on them."""
         trace = self.trace
         values = [cut.value for cut in chosen] + vectors
-        opened = open_calls(trace, [cut.time for cut in chosen], values)
+        opened = open_calls(trace, chosen, values)
         self.listed = events(trace, opened)
         image = trace.values[trace.image].tensor
         shape = (trace.batch + 1, *image.shape[1:])
@@ -359,7 +359,9 @@ def _named_cut(trace: Trace, cuts: list[Cut], name: str) -> Cut:
 
 
 def _name(trace: Trace, cut: Cut) -> str:
-    """The outermost module that ends at the cut, else the operation."""
+    """The unit that ends at the cut, else the outermost module, else the operation."""
+    if cut.name:
+        return cut.name
     for call in trace.root.walk():
         if call.path and call.end == cut.time and any(v == cut.value for _, v in call.outputs):
             return call.path
@@ -391,8 +393,8 @@ def _heads(trace: Trace) -> list[Op]:
         else:
             todo += data
     found = [heads[time] for time in sorted(heads)]
-    if len(found) > 1 and any(_spread(trace, op) for op in found):
-        return []  # a sum of feature maps, not of two classifiers
+    if len(found) > 1:  # where several meet, those of vectors are classifiers, others may not be
+        found = [op for op in found if not _spread(trace, op)]
     return found if len(found) <= 4 else []
 
 

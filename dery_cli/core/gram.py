@@ -31,8 +31,8 @@ from dery_cli.errors import UsageError
 
 SQRT2 = math.sqrt(2.0)
 _LEAF = 64  # side of the squares on the diagonal: smaller wastes less, larger multiplies faster
-_DEPTH = 32_768  # entries summed in float32 before the sum goes on in float64
-_STRIP = 512  # most rows of V V^T formed at once
+_BLOCK = 1024  # side of the blocks of V V^T
+_CACHED = 4_000_000  # packed entries of a block that are multiplied before the next are read
 
 Tile = tuple[int, int, int, int]
 """(first row, last + 1, first column, last + 1) of a part of a triangle.
@@ -115,16 +115,7 @@ def triangle_tiles(size: int, leaf: int) -> list[Tile]:
 
 
 def plan_chunks(size: int, max_area: int) -> list[Chunk]:
-    """Cut the triangle of a size x size matrix into chunks of at most ``max_area`` entries.
-
-    Raises:
-        UsageError: That is less than one entry.
-    """
-    if max_area < 1:
-        raise UsageError(
-            "the memory bound is too small for these features",
-            "raise --memory or lower --minibatch",
-        )
+    """Cut the triangle of a size x size matrix into chunks of at most ``max_area`` entries."""
     leaf = min(_LEAF, max(32, size // 32), math.isqrt(max_area))
     tiles = triangle_tiles(size, leaf)
     total = sum(_area(tile) for tile in tiles)
@@ -222,13 +213,15 @@ def inner_products(
         numer_PP, in units of unit_i * unit_j, and unit_P, on the CPU.
 
     Raises:
-        UsageError: The result alone, or one row of every Gram, does not fit ``memory``.
+        UsageError: The result, or with it one row of every Gram, does not fit ``memory``.
     """
     position_P = [None] * num_nodes if known is None else list(known.positions)
     order = [p for p in range(num_nodes) if position_P[p] is None]
     num_new = len(order)
     order += [p for p in range(num_nodes) if position_P[p] is not None]
-    dtype, row_bytes = _budget(num_nodes, memory, work_bytes)
+    sides = 1 if right is None else 2
+    longest = max(stop - start for start, stop in spans)
+    dtype, row_bytes = _budget(num_nodes, memory, work_bytes, 4 * num_nodes * sides * longest)
 
     numer_PP = torch.zeros(num_nodes, num_nodes, dtype=dtype, device=device)
     unit_P = torch.zeros(num_nodes, dtype=torch.float64)
@@ -242,7 +235,7 @@ def inner_products(
             numer_PP, unit_P, left, right, spans, order, num_new, row_bytes, device, progress
         )
     if right is None:
-        _mirror(numer_PP, num_new)
+        mirror_(numer_PP, num_new)
     numer_PP = numer_PP.cpu()
     if order != list(range(num_nodes)):
         back = torch.empty(num_nodes, dtype=torch.long)
@@ -311,45 +304,64 @@ def _accumulate(
 def _add_products(numer_PP: Tensor, rows_PK: Tensor, weight_P: Tensor, num_new: int) -> None:
     """Add w_i w_j (V V^T)_ij to the upper triangle of the first ``num_new`` rows."""
     num_nodes = rows_PK.shape[0]
-    height = min(_STRIP, max(96, num_nodes // 8))
-    for top in range(0, num_new, height):
-        bottom = min(top + height, num_new)
-        tiles = triangle_tiles(bottom - top, min(_LEAF, height // 2))
-        if bottom < num_nodes:
-            tiles.append((0, bottom - top, bottom - top, num_nodes - top))
-        for first, last, left, right in tiles:
-            rows, columns = slice(top + first, top + last), slice(top + left, top + right)
-            _add(numer_PP, (rows_PK, rows_PK), (weight_P, weight_P), rows, columns)
+    for top in range(0, num_new, _BLOCK):
+        rows = slice(top, min(top + _BLOCK, num_new))
+        side = rows.stop - top
+        height = max(96, side // 8)
+        tiles: list[Tile] = []
+        for start in range(0, side, height):
+            stop = min(start + height, side)
+            inner = triangle_tiles(stop - start, min(_LEAF, height // 2))
+            tiles += [(a + start, b + start, c + start, d + start) for a, b, c, d in inner]
+            if stop < side:
+                tiles.append((start, stop, stop, side))
+        both, weights = (rows_PK, rows_PK), (weight_P, weight_P)
+        _add_block(numer_PP, both, weights, rows, rows, tiles)
+        _add_cross(numer_PP, both, weights, rows, slice(rows.stop, num_nodes))
 
 
 def _add_cross(
-    numer_PP: Tensor, packed: list[Tensor], weight: list[Tensor], rows: slice, columns: slice
-) -> None:
-    """Add w_i u_j (V U^T)_ij to ``rows`` x ``columns``."""
-    for start in range(rows.start, rows.stop, _STRIP):
-        strip = slice(start, min(start + _STRIP, rows.stop))
-        _add(numer_PP, packed, weight, strip, columns)
-
-
-def _add(
     numer_PP: Tensor,
     packed: Sequence[Tensor],
     weight: Sequence[Tensor],
     rows: slice,
     columns: slice,
 ) -> None:
-    """Add one tile: float32 products over ``_DEPTH`` entries at a time, summed in float64."""
+    """Add w_i u_j (V U^T)_ij to ``rows`` x ``columns``."""
+    for top in range(rows.start, rows.stop, _BLOCK):
+        bottom = min(top + _BLOCK, rows.stop)
+        for left in range(columns.start, columns.stop, _BLOCK):
+            right = min(left + _BLOCK, columns.stop)
+            tiles = [(0, bottom - top, 0, right - left)]
+            _add_block(numer_PP, packed, weight, slice(top, bottom), slice(left, right), tiles)
+
+
+def _add_block(
+    numer_PP: Tensor,
+    packed: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    rows: slice,
+    columns: slice,
+    tiles: Sequence[Tile],
+) -> None:
+    """Add the ``tiles`` of one block: float32 products over a few entries, summed in float64.
+
+    So few entries at a time that the slices of all its nodes stay in the cache.
+    """
     rows_IK, rows_JK = packed[0][rows], packed[1][columns]
-    shape = (rows_IK.shape[0], rows_JK.shape[0])
-    total = torch.zeros(shape, dtype=torch.float64, device=numer_PP.device)
-    for k in range(0, rows_IK.shape[1], _DEPTH):
-        total += rows_IK[:, k : k + _DEPTH] @ rows_JK[:, k : k + _DEPTH].T
+    num_rows, num_columns = rows_IK.shape[0], rows_JK.shape[0]
+    total = torch.zeros(num_rows, num_columns, dtype=torch.float64, device=numer_PP.device)
+    depth = _CACHED // max(num_rows, num_columns)
+    for k in range(0, rows_IK.shape[1], depth):
+        some_IK, some_JK = rows_IK[:, k : k + depth], rows_JK[:, k : k + depth]
+        for top, bottom, left, right in tiles:
+            total[top:bottom, left:right] += some_IK[top:bottom] @ some_JK[left:right].T
     total *= weight[0][rows, None]
     total *= weight[1][None, columns]
     numer_PP[rows, columns] += total
 
 
-def _mirror(numer_PP: Tensor, num_new: int) -> None:
+def mirror_(numer_PP: Tensor, num_new: int) -> None:
     """Copy the upper triangle of the first ``num_new`` rows to the lower, in place."""
     for start in range(0, num_new, 256):
         stop = min(start + 256, num_new)
@@ -358,22 +370,17 @@ def _mirror(numer_PP: Tensor, num_new: int) -> None:
         numer_PP[stop:, start:stop] = numer_PP[start:stop, stop:].T
 
 
-def _budget(num_nodes: int, memory: int, work_bytes: int) -> tuple[torch.dtype, int]:
-    """Type of the numerators, and the bytes left for packed rows."""
+def _budget(num_nodes: int, memory: int, work_bytes: int, least: int) -> tuple[torch.dtype, int]:
+    """Type of the numerators, and the bytes left for packed rows, which need ``least``."""
     entries = num_nodes * num_nodes
     usable = memory * 9 // 10  # the rest is for temporaries
     dtype = torch.float64 if entries * 16 <= usable // 2 else torch.float32
-    if entries * 2 * dtype.itemsize > usable:
-        needed = math.ceil(entries * 8 * 10 / 9 / 1e9)
-        raise UsageError(
-            f"{num_nodes:,} nodes do not fit a memory bound of {memory / 1e9:.2g} GB",
-            f"use --memory {needed}G or more",
-        )
     left = usable - entries * dtype.itemsize - work_bytes
-    if left < 4 * num_nodes:
+    if entries * 2 * dtype.itemsize > usable or left < least:
+        needed = max(entries * 8, entries * 4 + work_bytes + least) * 10 / 9
         raise UsageError(
-            f"a memory bound of {memory / 1e9:.2g} GB is too small for these features",
-            "raise --memory or lower --minibatch",
+            f"{num_nodes:,} nodes do not fit a memory bound of {memory / 1e6:,.0f} MB",
+            f"use --memory {math.ceil(needed / 1e6) + 1}M or more",
         )
     return dtype, left
 

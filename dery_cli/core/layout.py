@@ -24,9 +24,11 @@ _MOVES = {
     "contiguous", "__getitem__", "roll", "cat", "concat", "concatenate", "stack", "chunk", "split",
     "unbind", "movedim", "moveaxis", "swapaxes", "swapdims", "expand", "T", "mT", "clone", "narrow",
     "select", "flip", "tile", "repeat", "tensor_split", "split_with_sizes", "ravel", "same",
-    "t", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "t", "pad", "unfold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
 }  # fmt: skip
-_SPATIAL = ("conv", "pool", "interpolate", "upsample", "pad")
+_FLOATING = {"unfold"}
+"""Moves that torch offers for floating-point tensors only."""
+_SPATIAL = ("conv", "pool", "interpolate", "upsample")
 _REDUCES = {"max", "amax", "min", "amin", "mean", "sum"}
 _ROWWISE = {"linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "scaled_dot_product_attention"}
 
@@ -130,7 +132,14 @@ class Positions:
 
         assert op.func is not None
         try:
-            result: Any = op.func(*fill(op.args), **fill(op.kwargs))
+            args = fill(op.args)
+            if op.name in _FLOATING:
+                args = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
+                result: Any = op.func(*args, **fill(op.kwargs)).to(torch.int32)
+            elif op.name == "pad":  # padding is 0; positions are >= 0 and nothing is -1
+                result = op.func(args[0] + 1, *args[1:], **fill(op.kwargs)) - 1
+            else:
+                result = op.func(*args, **fill(op.kwargs))
         except (LookupError, RuntimeError, TypeError):
             return
         for keys, value in op.outputs:
@@ -148,7 +157,7 @@ def geometry(shape: tuple[int, ...], companion: torch.Tensor | None) -> Geometry
         return None
     pos = companion[0]
     if len(shape) == 4:
-        if shape[2:] == (1, 1) or _is_raster(pos[0]) and bool((pos == pos[:1]).all()):
+        if shape[2:] == (1, 1) or (_is_raster(pos[0]) and bool((pos == pos[:1]).all())):
             return Geometry(Layout.NCHW, (shape[2], shape[3]))
         if _is_raster(pos[..., 0]) and bool((pos == pos[..., :1]).all()):
             return Geometry(Layout.NHWC, (shape[1], shape[2]))
@@ -180,6 +189,11 @@ def _is_raster(pos_HW: torch.Tensor) -> bool:
     return same and bool((y_HW[:, 0].diff() > 0).all()) and bool((x_HW[0].diff() > 0).all())
 
 
+def _unpadded(pos_HW: torch.Tensor) -> torch.Tensor:
+    real = pos_HW >= 0
+    return pos_HW[real.any(1)][:, real.any(0)]
+
+
 def _raster(shape: torch.Size) -> torch.Tensor:
     y, x = torch.arange(shape[-2], dtype=torch.int32), torch.arange(shape[-1], dtype=torch.int32)
     return (y[:, None] * _ROW + x).expand(shape)
@@ -194,16 +208,14 @@ def _reduced(source: torch.Tensor, op: Op) -> torch.Tensor | None:
     return source.narrow(dim, 0, 1) if keep else source.select(dim, 0)
 
 
-def _mix(
-    name: str, source: torch.Tensor, shape: torch.Size, batch: int
-) -> torch.Tensor | None:
+def _mix(name: str, source: torch.Tensor, shape: torch.Size, batch: int) -> torch.Tensor | None:
     """The companion of an output that is computed, not moved."""
     if any(word in name for word in _SPATIAL):
         if len(shape) != 4 or source.ndim != 4:
             return None
         if source.shape[2:] == shape[2:]:
             return source[:, :1].expand(shape)
-        mapped = shape[0] == batch and (shape[2:] == (1, 1) or _is_raster(source[0, 0]))
+        mapped = shape[0] == batch and (shape[2:] == (1, 1) or _is_raster(_unpadded(source[0, 0])))
         return _raster(shape) if mapped else None
     if name in _ROWWISE and source.shape[:-1] == shape[:-1]:
         return source[..., :1].expand(shape)

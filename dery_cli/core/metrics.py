@@ -82,8 +82,8 @@ class Similarity:
     Args:
         metric: Name of the metric.
         sim_PP: The matrix, float64 (or float32), on the CPU. Of a directional metric
-            ``sim_PP[i, j]`` is how well
-            node i predicts node j. Values may leave [0, 1]; see ``clamp``.
+            ``sim_PP[i, j]`` is how well node i predicts node j. Values may leave [0, 1]; see
+            ``clamp``.
         numer_PP: Numerators, from which more nodes can be added without computing these again.
         unit_P: The scale of each node's numerators.
         constant_nodes: Indices of nodes with constant features, whose similarity is 0 to all.

@@ -29,6 +29,7 @@ from dery_cli.core.gram import (
     Factored,
     RowBuilder,
     inner_products,
+    mirror_,
     pack_dense,
     pack_factored,
 )
@@ -127,6 +128,7 @@ def _aligned(
     inverse_P = torch.where(constant_P, 0.0, 1.0 / norm_P).to(numer_PP.dtype)
     sim_PP = numer_PP * inverse_P[:, None]
     sim_PP *= inverse_P[None, :]
+    mirror_(sim_PP, len(features))  # the two products above round differently
     snap_(sim_PP)
     sim_PP.diagonal().copy_((~constant_P).to(sim_PP.dtype))
     return Similarity(
@@ -251,8 +253,6 @@ class LinearGrams:
         x_MC -= x_MC.mean(0)
         square_M = torch.linalg.vector_norm(x_MC, dim=1).double().square()
         square = float(square_M.sum())
-        if square == 0.0:
-            return 0.0
         if not 1e-24 < square < 1e36:
             return None
         torch.mul(x_MC, SQRT2 / square, out=right_MR[:, :channels])

@@ -40,6 +40,9 @@ from dery_cli.errors import UsageError
 
 __all__ = ["Partition", "PartitionProblem", "partition"]
 
+RESTARTS_AT_ONCE = 25
+"""Restarts solved side by side."""
+
 FIRST_STEPS = 100
 """Subgradient steps before swaps, which use the gains they find."""
 
@@ -157,9 +160,17 @@ def partition(
         if progress is not None:
             progress(phase, _gap(max(bound, value), value))
 
-    answers, _ = alternate(table, seeds(table, restarts, np.random.default_rng(seed)))
+    answers = None
+    rng = np.random.default_rng(seed)
+    for done in range(0, restarts, RESTARTS_AT_ONCE):
+        if answers is not None and out_of_time():
+            break
+        upto = min(done + RESTARTS_AT_ONCE, restarts)
+        more, _ = alternate(table, seeds(table, upto - done, rng))
+        answers = more if answers is None else answers.join(more)
+        tell(f"restarts {upto} of {restarts}", float(answers.value_R.max()))
+    assert answers is not None
     answer = answers.take(np.array([answers.best]))
-    tell("restarts", float(answer.value_R[0]))
 
     incumbent = Incumbent(table=table, answer=answer)
     root = whole(table, answer.anchors_KR[:, 0])

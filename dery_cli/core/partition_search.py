@@ -56,6 +56,15 @@ class Answers:
             value_R=self.value_R[which],
         )
 
+    def join(self, other: Answers) -> Answers:
+        """These answers and then the others."""
+        return Answers(
+            blocks_MKR=np.concatenate([self.blocks_MKR, other.blocks_MKR], axis=-1),
+            sets_MKR=np.concatenate([self.sets_MKR, other.sets_MKR], axis=-1),
+            anchors_KR=np.concatenate([self.anchors_KR, other.anchors_KR], axis=-1),
+            value_R=np.concatenate([self.value_R, other.value_R]),
+        )
+
     @property
     def best(self) -> int:
         """Index of the best answer, the first of equals."""

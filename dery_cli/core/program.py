@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dery_cli.core.trace import Attr, Call, Op, Outputs, Ref, Trace
+from dery_cli.core.units import Cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +95,17 @@ def events(trace: Trace, opened: set[Call]) -> list[Op | Call]:
     return list(walk(trace.root))
 
 
-def open_calls(trace: Trace, times: Iterable[int], values: Iterable[int]) -> set[Call]:
-    """The calls that must be opened so that cuts at ``times`` fall between events.
+def open_calls(trace: Trace, cuts: Sequence[Cut], values: Iterable[int]) -> set[Call]:
+    """The calls that must be opened so that ``cuts`` fall between events.
 
     Calls are opened as well whose inside is needed outside: a value of ``values`` or of a later
-    event that is none of the call's results, and a call that reads the image but has a result that
-    does not depend on it.
+    event that is none of the call's results, a call that reads the image but has a result that
+    does not depend on it, and a call that is handed a tensor from before the last cut which it does
+    not use.
     """
-    times = sorted(times)
     opened = {trace.root}
     for call in trace.root.walk():
-        if any(call.start < time < call.end for time in times):
+        if any(call.start < cut.time < call.end for cut in cuts):
             opened.update(call.ancestors())
     while True:
         made = {trace.image} | {v.index for v in trace.values if v.attr is not None}
@@ -115,7 +116,9 @@ def open_calls(trace: Trace, times: Iterable[int], values: Iterable[int]) -> set
             missing.update(index for index in event.reads if index not in made)
             made.update(value for _, value in event.outputs)
             made.update(new for _, new in event.aliases)
-            if isinstance(event, Call) and _hides_constant(event, trace):
+            if isinstance(event, Call) and (
+                _hides_constant(event, trace) or _reaches_back(event, trace, cuts)
+            ):
                 more.add(event)
         missing.update(index for index in values if index not in made)
         for index in missing:
@@ -131,6 +134,14 @@ def _hides_constant(call: Call, trace: Trace) -> bool:
     results = [trace.values[value] for _, value in call.outputs]
     reads_data = any(trace.values[index].data for index in call.reads)
     return reads_data and any(not value.data and value.attr is None for value in results)
+
+
+def _reaches_back(call: Call, trace: Trace, cuts: Sequence[Cut]) -> bool:
+    before = [cut for cut in cuts if cut.time <= call.start]
+    if not before:
+        return False
+    read = (trace.values[index] for index in call.reads if index != before[-1].value)
+    return any(value.data and value.born < before[-1].time for value in read)
 
 
 def twin_events(trace: Trace, opened: set[Call], twin: Trace) -> list[Op | Call] | None:
@@ -237,9 +248,9 @@ def cut_out(trace: Trace, steps: Sequence[Step], source: int, targets: Sequence[
         if attr is not None:
             fetched[index] = _fetch(attr, index)
             continue
-        if index not in maker or trace.values[source].born >= trace.values[index].born and (
+        if index not in maker or (trace.values[source].born >= trace.values[index].born and (
             trace.values[index].data
-        ):  # fmt: skip
+        )):  # fmt: skip
             raise LookupError(f"value {index} is not to be had after value {source}")
         step = maker[index]
         if id(step) not in needed:

@@ -207,6 +207,7 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     functional.layer_norm: _norm,
     functional.group_norm: _norm,
     functional.instance_norm: _norm,
+    functional.rms_norm: _norm,
     functional.interpolate: _interpolate,
 }
 """What gives a result of the same shape on the meta device, where the original is very slow."""
@@ -274,9 +275,11 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":
             result = func(*args)
-            return self._record(func, args, kwargs, result, [*args], []) if (
-                isinstance(result, torch.Tensor) and result is not args[0]
-            ) else result
+            return (
+                self._record(func, args, kwargs, result, [*args], [])
+                if (isinstance(result, torch.Tensor) and result is not args[0])
+                else result
+            )
         inputs = [tensor for _, tensor in leaves([args, kwargs])]
         # a slice may hold tensors, but they index: they are read, never written
         versions = [tensor._version for tensor in inputs]

@@ -18,15 +18,19 @@ from itertools import pairwise
 
 from torch import nn
 
-from dery_cli.core.trace import Call, Op, Trace
+from dery_cli.core.trace import Call, Trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Between ops ``time - 1`` and ``time`` only ``value`` is alive."""
+    """Between ops ``time - 1`` and ``time`` only ``value`` is alive.
+
+    ``name`` is the module whose output it is, where that is a unit.
+    """
 
     time: int
     value: int
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +95,33 @@ def choose_cuts(trace: Trace, cuts: Sequence[Cut], usable: Sequence[Cut], stop: 
         stop: Time at which the classifier begins.
     """
     finder = _Finder(trace, cuts, stop)
-    cuts = usable
-    units = finder.units()
+    chosen = _between(finder, finder.units(), usable)
+    return chosen or _between(finder, finder.segments(), usable)
+
+
+def _between(finder: _Finder, units: Sequence[Unit], usable: Sequence[Cut]) -> list[Cut]:
+    """One of the ``usable`` cuts after each of ``units`` but the last, where there is one."""
     chosen: list[Cut] = []
-    times = [cut.time for cut in cuts]
+    times = [cut.time for cut in usable]
     for unit, following in pairwise(units):
         low, high = unit.end, following.start
-        inside = cuts[bisect.bisect_left(times, low) : bisect.bisect_right(times, high)]
+        inside = usable[bisect.bisect_left(times, low) : bisect.bisect_right(times, high)]
         if not inside:  # the next unit may open with ops that still leave one tensor (a concat)
             first = finder.first_weight(following)
-            inside = cuts[bisect.bisect_left(times, high) : bisect.bisect_right(times, first)]
+            inside = usable[bisect.bisect_left(times, high) : bisect.bisect_right(times, first)]
         if not inside:
             continue
         # a lone layer keeps its norm, activation and pool; a downsampling goes with what follows
-        cut = inside[0] if unit.call is not None or following.call is not None else inside[-1]
+        lone = unit.call is None and unit.end - unit.start == 1
+        cut = inside[-1] if lone and following.call is None else inside[0]
         if not chosen or cut.time > chosen[-1].time:
-            chosen.append(cut)
+            chosen.append(dataclasses.replace(cut, name=_ends(unit, cut)))
     return chosen
+
+
+def _ends(unit: Unit, cut: Cut) -> str:
+    call = unit.call
+    return call.path if call and any(value == cut.value for _, value in call.outputs) else ""
 
 
 class _Finder:
@@ -140,6 +154,10 @@ class _Finder:
         units = self._promote(self._alike(units))
         units = self._widen(self._alike(units))
         return sorted(units, key=lambda unit: unit.start)
+
+    def segments(self) -> list[Unit]:
+        """Every knot as a unit of its own, for models whose modules cannot be kept whole."""
+        return [Unit(self.times[knot], self.times[knot + 1]) for knot in self.knots]
 
     def _knots_in(self, call: Call) -> dict[int, list[int]]:
         """Joins made inside ``call``, by knot."""
@@ -185,12 +203,13 @@ class _Finder:
 
         held = Counter(a for c in calls for a in c.ancestors())
 
+        def like(call: Call) -> bool:
+            if self._weighs(call) < 2 or held[call] > 1 or call is self.trace.root:
+                return False
+            return type(call.module) in classes or _pattern(call.path) in patterns
+
         def collect(call: Call) -> Iterator[Call]:
-            if call in calls:
-                yield call
-            elif self._weighs(call) > 1 and held[call] < 2 and call is not self.trace.root and (
-                type(call.module) in classes or _pattern(call.path) in patterns
-            ):  # fmt: skip
+            if call in calls or like(call):
                 yield call
             else:
                 for child in call.calls():
@@ -205,23 +224,20 @@ class _Finder:
         An element of a list is one block where none of the list's elements holds a list of units,
         that is, two units in a row with the same place in one.
         """
-        held: dict[Call, list[Unit]] = {}
-        for unit in units:
-            if unit.call is not None:
-                for call in unit.call.ancestors():
-                    held.setdefault(call, []).append(unit)
-        groups: dict[str, list[Call]] = {}
-        for call in held:
-            if _indexed(call.path):
-                groups.setdefault(_pattern(call.path), []).append(call)
-        wider: list[Call] = []
-        for group in groups.values():
-            inner = [[_pattern(u.call.path) for u in held[c] if u.call] for c in group]
-            in_list = any(a == b for each in inner for a, b in pairwise(each))
-            if len(group) > 1 and not in_list:
-                wider += group
-        calls = [unit.call for unit in units if unit.call is not None]
-        return _outermost([u for u in units if u.call is None], [*calls, *wider], self.stop)
+        around = {a for unit in units if unit.call for a in unit.call.ancestors()}
+        places = {_pattern(call.path) for call in around if _indexed(call.path)}
+        raw = [unit for unit in units if unit.call is None]
+        for place in sorted(places, key=lambda path: (-path.count("."), path)):
+            held: dict[Call, list[str]] = {}
+            for unit in sorted(units, key=lambda unit: unit.start):
+                for call in unit.call.ancestors() if unit.call is not None else ():
+                    if _pattern(call.path) == place and call is not unit.call:
+                        held.setdefault(call, []).append(_pattern(unit.call.path))
+            in_list = any(a == b for inner in held.values() for a, b in pairwise(inner))
+            if len(held) > 1 and not in_list:
+                calls = [unit.call for unit in units if unit.call is not None]
+                units = _outermost(raw, [*calls, *held], self.stop)
+        return units
 
     def _widen(self, units: list[Unit]) -> list[Unit]:
         """Widen a unit to its caller while it is the only unit there (an SE to its MBConv)."""
@@ -241,7 +257,7 @@ class _Finder:
         )
 
     def _plain(self) -> list[Unit]:
-        """A model without knots: its repeated composite layers, else its convolutions and linears."""
+        """A model without knots: repeated composite layers, else convolutions and linears."""
         counts: dict[str, int] = {}
         for call in self.trace.root.walk():
             if self._weighs(call) > 1 and _indexed(call.path):
@@ -277,8 +293,3 @@ def _indexed(path: str) -> bool:
 
 def _generic(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn")
-
-
-def is_op(event: Op | Call) -> bool:
-    """Whether ``event`` is a function call, not a module's."""
-    return isinstance(event, Op)

@@ -69,4 +69,4 @@ DONORS: dict[str, DemoDonor] = {
     "efficientnet": DemoDonor(construct=architectures.efficientnet, family="EfficientNetV2"),
     "regnet": DemoDonor(construct=architectures.regnet, family="RegNetY"),
 }
-"""Every donor by its name in ``demo/NAME``, smallest first."""
+"""Every donor by its name in ``demo/NAME``, smallest architecture first."""

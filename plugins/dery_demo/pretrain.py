@@ -39,10 +39,10 @@ class TrainConfig:
 
     Args:
         epochs: Passes over the 60,000 training images.
-        lr: Peak learning rate of AdamW, reached after ``warmup`` of the steps, then cosine to 0.
+        lr: Peak learning rate of AdamW, then cosine to 0.
         weight_decay: On weight matrices only.
         smoothing: Label smoothing.
-        bn_momentum: Momentum of batch norm's running statistics; None keeps timm's 0.1.
+        warmup: Share of the steps in which the rate rises.
         channels_last: Convolutions run faster so on a CPU.
     """
 
@@ -51,7 +51,6 @@ class TrainConfig:
     weight_decay: float = 0.05
     smoothing: float = 0.1
     warmup: float = 0.1
-    bn_momentum: float | None = None
     channels_last: bool = True
 
 
@@ -64,6 +63,9 @@ CONFIGS: dict[str, TrainConfig] = {
     "swin": TOKENS,
     "regnet": TrainConfig(epochs=3),
     "efficientnet": TrainConfig(epochs=3),
+    # On little data its accuracy jumps because batch norm's running statistics lag the weights, not
+    # because training does: with momentum 0.01 and 2,000 images eval mode gave 0.37 where batch
+    # statistics gave 0.77. timm's default 0.1 and a rate that ends at zero are enough.
     "mobilenetv3": TrainConfig(epochs=5),
     "resnet.rotation": TrainConfig(epochs=3),
 }
@@ -198,10 +200,6 @@ def train(
     model = donor.construct(donor.num_classes, IMAGE_SIZE)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if config.bn_momentum is not None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = config.bn_momentum
     optimizer = _optimizer(model, config)
     path = out / f"{name}.safetensors"
     state = publish.checkpoint_state(path) or {"config": dataclasses.asdict(config), "epoch": 0}

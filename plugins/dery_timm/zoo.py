@@ -197,7 +197,9 @@ def _refusal(
         bounds.append(f"a multiple of the patch size {patch[0]}")
     windows = {m.window_size for m in twin.modules() if _has_window(m)} if twin is not None else ()
     if windows:
-        sizes = ", ".join(sorted({str(w[0] if isinstance(w, (tuple, list)) else w) for w in windows}))
+        sizes = ", ".join(
+            sorted({str(w[0] if isinstance(w, (tuple, list)) else w) for w in windows})
+        )
         bounds.append(f"grids that divide into windows of {sizes}")
     if cfg.fixed_input_size:
         bounds.append(f"position embeddings made for {cfg.input_size[1]}x{cfg.input_size[2]}")

@@ -213,7 +213,9 @@ def _safe_downloads(model: str) -> Iterator[None]:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         if os.path.exists(os.path.join(folder, os.path.basename(self.url))):
             return fetch(self)
-        raise OSError(f"the weights of {model} are not in the local cache and HF_HUB_OFFLINE is set")
+        raise OSError(
+            f"the weights of {model} are not in the local cache and HF_HUB_OFFLINE is set"
+        )
 
     try:
         with mock.patch.object(WeightsEnum, "get_state_dict", refuse if offline else fetch):

@@ -448,6 +448,13 @@ class TestCrossCheck:
         assert agreement.agrees is agrees
         assert reason in agreement.reason
 
+    def test_program_that_was_not_stated(self, monkeypatch):
+        monkeypatch.setattr("dery_cli.core.assemble._MOST_EDGES", 3)
+        problem = make_problem(**TINY)
+        answer = solve(problem)
+        assert answer.status is MipStatus.TOO_LARGE
+        assert "4 edges are left" in cross_check(answer, n_best(problem, 1)).reason
+
     def test_time_limits_are_no_disagreement(self):
         slow = self.answer(4_000, status=MipStatus.TIME_LIMIT)
         assert "CBC ran out of time" in cross_check(slow, self.result(5_000)).reason

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dery_cli.core.partition import Partition, PartitionProblem, partition
-from dery_cli.core.partition_blocks import block_table, smallest_eps
-from dery_cli.core.partition_bound import Budget, gains, relax, tighten, whole
+from dery_cli.core.partition_blocks import block_table, forward, smallest_eps
+from dery_cli.core.partition_bound import Budget, gains, reduce, relax, tighten, whole
 from dery_cli.core.partition_program import improve
 from dery_cli.core.partition_search import (
     Incumbent,
@@ -193,7 +193,7 @@ def test_gain_is_the_best_cut_through_the_anchor():
     """G_a by enumeration of every donor's cuts."""
     problem = make_problem((4, 5), seed=1, num_blocks=2, eps=0.5)
     table = block_table(problem)
-    multipliers = np.random.default_rng(2).uniform(0, 2, len(table))
+    multipliers = np.random.default_rng(2).uniform(0, 3, len(table))
     everyone = np.arange(len(table))
     found = gains(table, everyone, multipliers)
     place = {
@@ -276,18 +276,49 @@ def test_the_program_finds_anchors_that_the_start_missed():
     assert incumbent.value == pytest.approx(brute_force(problem), abs=1e-6)
 
 
-def test_dropped_blocks_are_in_no_better_answer():
+def test_dropped_anchors_are_in_no_better_answer():
+    """Reduced-cost fixing against the value of every set of anchors."""
     problem = make_problem((6, 5, 6), seed=9, num_blocks=3, eps=0.5)
     table = block_table(problem)
     tries = np.array(list(itertools.combinations(range(len(table)), 3))).T
     value = values(table, tries)
-    best = int(np.argmax(value))
-    start = np.flatnonzero(np.isfinite(value) & (value < value[best] - 0.3))[:1]
-    incumbent = Incumbent(table=table, answer=partition_step(table, tries[:, start]))
-    low = incumbent.answer
-    sub, _ = tighten(whole(table, tries[:, start[0]]), incumbent, 4, Budget(work=1e9))
-    assert low.value_R[0] < value[best]
-    assert incumbent.value == pytest.approx(value[best]) or set(tries[:, best]) <= set(sub.ids_C)
+    order = np.argsort(-value)
+    dropped = 0
+    for rank in (10, 100, 1000):
+        floor = float(value[order[rank]])
+        incumbent = Incumbent(table=table, answer=partition_step(table, tries[:, order[[rank]]]))
+        sub = whole(table, tries[:, order[rank]])
+        for steps in (1, 5, 20):  # multipliers that bound loosely and tightly
+            tuned, _ = tighten(sub, incumbent, steps, Budget(work=1e9))
+            lambda_C = np.full(len(table), 1.2)
+            lambda_C[tuned.ids_C] = tuned.lambda_C
+            kept = reduce(sub, relax(sub, lambda_C), lambda_C, floor)
+            left = set(kept.ids_C[kept.open_A].tolist())
+            dropped += len(table) - len(left)
+            for better in tries[:, value > floor + 1e-9].T.tolist():
+                assert set(better) <= left
+    assert dropped > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_anchors_are_dropped_by_the_bound_that_forces_them(seed):
+    """An anchor stays exactly where L with it as a fixed anchor, on its own cut, is above."""
+    problem = make_problem((6, 5, 6), seed=seed, num_blocks=3, eps=0.5)
+    table = block_table(problem)
+    lambda_C = np.random.default_rng(seed).uniform(0.8, 1.6, len(table))
+    sub = whole(table, np.array([0, 1, 2]))
+    forced = []
+    for anchor in range(len(table)):
+        others = np.delete(np.arange(len(table)), anchor)
+        with_it = dataclasses.replace(sub, fixed=np.array([anchor]), open_A=others)
+        through = lambda_C[:, None].copy()
+        through[table.overlaps(np.array([anchor]))[0]] = -np.inf
+        paths = forward(table, through)[-1, table.last_M, 0].sum()
+        relaxed = relax(with_it, lambda_C)
+        forced.append(relaxed.value - relaxed.paths + paths)
+    for floor in np.quantile(forced, [0.2, 0.5, 0.8]) + 1e-6:
+        kept = reduce(sub, relax(sub, lambda_C), lambda_C, float(floor))
+        assert kept.ids_C[kept.open_A].tolist() == np.flatnonzero(np.array(forced) > floor).tolist()
 
 
 def test_node_0_is_like_node_0_and_nothing_else():
@@ -381,7 +412,7 @@ def test_sets_are_numbered_by_depth():
 
 
 def test_a_time_limit_still_gives_answer_and_bound():
-    problem = make_problem((12, 9, 11, 10, 12, 9), seed=1, num_blocks=3, eps=0.5)
+    problem = make_problem((9, 8, 9, 8), seed=1, num_blocks=3, eps=0.5)
     seen = []
     result = partition(
         problem, max_seconds=1e-6, progress=lambda phase, gap: seen.append((phase, gap))
@@ -390,7 +421,7 @@ def test_a_time_limit_still_gives_answer_and_bound():
     assert not result.optimal
     assert 0 < result.gap < 1
     assert result.upper_bound >= partition(problem).objective
-    assert seen[0] == ("restarts", math.inf)
+    assert seen[0] == ("restarts 25 of 200", math.inf)
     assert seen[-1][1] == pytest.approx(result.gap)
 
 

@@ -114,7 +114,7 @@ def test_convolving_before_upsampling_changes_nothing():
 def test_no_image_is_an_error():
     stitch = Stitch(SOURCES[0], TARGETS[0])
     with pytest.raises(ValueError, match="no calibration image"):
-        fit_stitch(stitch, lambda: [])
+        fit_stitch(stitch, list)
 
 
 class _Block(nn.Module):
