@@ -48,6 +48,12 @@ from dery_cli.reassembly import (
 from dery_cli.types import BlockRef
 from dery_cli.zoo import Zoo, load_donor
 
+CBC_SECONDS = 10.0
+"""Time CBC gets to confirm the exact search, which decides."""
+
+CBC_EDGES = 4000
+"""Above so many edges CBC is given those that the search's bounds left."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -272,11 +278,19 @@ class Assembler:
             InfeasibleError: Nothing fits.
         """
         found = n_best(problem, self.config.candidates, max_seconds=self.config.max_seconds)
-        answer = solve(problem, max_seconds=self.config.max_seconds, keep_E=found.kept_E)
+        answer = solve(
+            problem,
+            max_seconds=self.config.max_seconds or CBC_SECONDS,
+            keep_E=found.kept_E if problem.num_edges > CBC_EDGES else None,
+        )
         agreement = cross_check(answer, found)
+        ranked = list(found.assemblies)
+        better = agreement.score_gap is None or agreement.score_gap < 0
+        if answer.assembly is not None and not answer.broken and not found.proven and better:
+            ranked.insert(0, answer.assembly)  # the search ran out of time before it
         seen: set[tuple[BlockRef, ...]] = set()
         chosen: list[Candidate] = []
-        for assembly in found.assemblies:
+        for assembly in ranked:
             members = [self.blocks[number] for number in assembly.blocks]
             refs = tuple(member.ref for member in members)
             if len(merged(refs)) == 1:  # a whole model; it joins below

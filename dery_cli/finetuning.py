@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from dery_cli.artifacts import Artifact, Workspace
 from dery_cli.assembly_store import (
-    ASSEMBLE_HINT,
     LoadedAssembly,
     build_network,
     describe_network,
@@ -23,7 +23,7 @@ from dery_cli.core.proxies import pre_logits
 from dery_cli.core.ridge import fit_classifier
 from dery_cli.data import DataSet, ImageDataset, fingerprint, stratified_holdout
 from dery_cli.errors import UsageError
-from dery_cli.loading import ImageBatches
+from dery_cli.loading import ImageBatches, as_dataset
 from dery_cli.reassembly import network_cost, whole_model
 from dery_cli.training.augment import train_transform
 from dery_cli.training.recipe import FinetuneConfig
@@ -123,9 +123,9 @@ class Splits:
         digest: Hash of the training images and the split.
     """
 
-    train: ImageDataset
-    valid: ImageDataset | None
-    test: ImageDataset | None
+    train: Dataset[Any]
+    valid: Dataset[Any] | None
+    test: Dataset[Any] | None
     digest: str
 
 
@@ -150,9 +150,9 @@ def make_splits(
     transform = start.assembly.transform
     augmented = train_transform(transform.input, config, transform.crop)
     return Splits(
-        train=ImageDataset(data.train, augmented, kept),
-        valid=ImageDataset(data.train, transform, held_out) if held_out else None,
-        test=None if data.test is None else ImageDataset(data.test, transform),
+        train=as_dataset(ImageDataset(data.train, augmented, kept)),
+        valid=as_dataset(ImageDataset(data.train, transform, held_out)) if held_out else None,
+        test=None if data.test is None else as_dataset(ImageDataset(data.test, transform)),
         digest=fingerprint(data.train, [*kept, *held_out]),
     )
 
@@ -189,8 +189,3 @@ def run_artifact(
         options={**options, **data},
         seed=config.seed,
     )
-
-
-def first_assembly_hint(name: str) -> str:
-    """How to get an assembly of that name."""
-    return ASSEMBLE_HINT if name == "default" else f"{ASSEMBLE_HINT} --name {name}"

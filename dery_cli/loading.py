@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dery_cli.data import EvalTransform, ImageDataset
 from dery_cli.errors import DeryError, UsageError
@@ -67,6 +68,11 @@ def _stacked(items: list[Tensor | DeryError]) -> Tensor | DeryError:
     return torch.stack(items)  # type: ignore[arg-type] # no errors are left
 
 
+def as_dataset(images: ImageDataset) -> Dataset[Any]:
+    """``images`` under torch's type; ``data.py`` keeps torch out, so it is one by protocol only."""
+    return cast("Dataset[Any]", images)
+
+
 class ImageBatches:
     """Normalised image batches of a split, the same each time they are iterated.
 
@@ -102,7 +108,7 @@ class ImageBatches:
         self._kept: list[Tensor] | None = None
         self._keep = keep
         self._loader: DataLoader[Tensor | DeryError] = DataLoader(
-            _Images(dataset),  # type: ignore[arg-type] # map-style by protocol
+            cast("Dataset[Tensor | DeryError]", _Images(dataset)),
             batch_sampler=[list(range(start, stop)) for start, stop in spans],
             collate_fn=_stacked,
             num_workers=workers,

@@ -82,7 +82,7 @@ def command(function: Callable[..., Result]) -> Callable[..., Result]:
         use_terminal(terminal)
         return function(terminal=terminal, **options)
 
-    del wrapper.__wrapped__  # type: ignore[attr-defined] # or the old signature is found
+    del wrapper.__wrapped__  # or the old signature is found
     wrapper.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *common]}
     return wrapper

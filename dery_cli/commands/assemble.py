@@ -152,7 +152,7 @@ def assemble(
     space = open_workspace(workspace)
     path = space.assembly(name)
     with space.lock(terminal.note):
-        assembler, record, proxy_name = _prepare(space, config, device, workers)
+        assembler, record, proxy_name = _prepare(terminal, space, config, device, workers)
         if pareto:
             return _pareto(terminal, space, assembler, record)
         found = unchanged(path, record)
@@ -215,7 +215,7 @@ def _pareto(terminal: Terminal, space: Workspace, assembler: Assembler, record: 
 
 
 def _prepare(
-    space: Workspace, config: AssembleConfig, device: str | None, workers: int
+    terminal: Terminal, space: Workspace, config: AssembleConfig, device: str | None, workers: int
 ) -> tuple[Assembler, Artifact, str]:
     """Check the stages before, open the target, and say what the record will be."""
     from dery_cli.artifacts import read_record
@@ -227,6 +227,9 @@ def _prepare(
 
     zoo = require_zoo(space)
     embeddings = read_embeddings(space, zoo)
+    zoo = embeddings.zoo
+    for warning in embeddings.warnings:
+        terminal.warn(warning)
     partition = read_record(
         space.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
     )

@@ -53,7 +53,7 @@ def evaluate(
 
     from dery_cli.assembly_store import load_assembly
     from dery_cli.finetuning import check_classes
-    from dery_cli.loading import pick_device
+    from dery_cli.loading import as_dataset, pick_device
     from dery_cli.training.evaluate import evaluate as score
 
     assembly = load_assembly(folder)
@@ -71,7 +71,7 @@ def evaluate(
     with terminal.progress("evaluating", len(images)) as bar:
         result = score(
             assembly.network,
-            ImageDataset(images, assembly.transform),  # type: ignore[arg-type] # map-style
+            as_dataset(ImageDataset(images, assembly.transform)),
             classes=assembly.classes,
             batch_size=batch_size,
             device=pick_device(device),

@@ -208,8 +208,8 @@ def _train(
 
         result = train(
             network,
-            splits.train,  # type: ignore[arg-type] # map-style by protocol
-            splits.valid,  # type: ignore[arg-type]
+            splits.train,
+            splits.valid,
             config,
             path.parent,
             classes=classes,

@@ -69,6 +69,9 @@ def partition(
     space = open_workspace(workspace)
     zoo = require_zoo(space)
     embeddings = read_embeddings(space, zoo)
+    zoo = embeddings.zoo
+    for warning in embeddings.warnings:
+        terminal.warn(warning)
     stored = require_similarity(space, embeddings, metric)
     record = Artifact(
         kind="partition",
@@ -109,7 +112,7 @@ def _solve(
     donors = list(zoo.donors.values())
     units = tuple(donor.anatomy.num_units for donor in donors)
     sim = stored.result.clamp().double().numpy()
-    if stored.result.metric in ("lr", "ridge"):  # directional: both ways count alike
+    if stored.directional:  # both ways count alike
         sim = (sim + sim.T) / 2
     # the program's matrix has a row for every node 0 too; it sets those entries itself
     rows = np.concatenate([np.arange(n) + 1 + sum(units[:m]) + m for m, n in enumerate(units)])

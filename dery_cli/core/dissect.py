@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dery_cli.core.block import Block, Finish, Lookup
+from dery_cli.core.classifier import classifier_ops, downstream, head_input
 from dery_cli.core.layout import Geometry, Positions, geometry
 from dery_cli.core.program import (
-    Block,
-    Finish,
     Runner,
     Step,
-    _Lookup,
     build_steps,
     cut_out,
     events,
@@ -30,7 +29,7 @@ from dery_cli.core.program import (
     twin_events,
     with_drops,
 )
-from dery_cli.core.trace import Call, Op, Trace, record
+from dery_cli.core.trace import Call, Trace, record
 from dery_cli.core.units import Cut, choose_cuts, find_cuts
 from dery_cli.errors import DeryError
 from dery_cli.types import Anatomy, Layout, Node, SharedParams
@@ -104,7 +103,7 @@ class Dissection:
         yield x
         env: dict[int, Any] = {plan.finish[0].values[0]: x.clone() if plan.changed[0] else x}
         for node in range(1, last + 1):
-            runner = Runner(plan.stages[node], _Lookup(self._model))
+            runner = Runner(plan.stages[node], Lookup(self._model))
             runner.run(env, x.shape[0], x.device, self._model.training)
             result: torch.Tensor = plan.finish[node](env)
             order = _out_of(plan.orders[node])
@@ -166,10 +165,10 @@ class _Plan:
         self, model: nn.Module, trace: Trace, *, nodes: Sequence[str] | None, whole: bool
     ) -> None:
         self.trace, self.model = trace, model
-        self.heads = _heads(trace)
-        vectors = [_head_input(trace, op) for op in self.heads] or [trace.output]
+        self.heads = classifier_ops(trace)
+        vectors = [head_input(trace, op) for op in self.heads] or [trace.output]
         vectors = list(dict.fromkeys(vectors))
-        self._downstream = _after(trace, self.heads)
+        self._downstream = downstream(trace, self.heads)
         self.stop = max(trace.values[index].born for index in vectors) + 1
         places = Positions(trace)
         self._shapes = {v.index: tuple(v.tensor.shape) for v in trace.values}
@@ -367,55 +366,6 @@ def _name(trace: Trace, cut: Cut) -> str:
             return call.path
     op = trace.ops[trace.values[cut.value].born]
     return f"{op.owner.path}:{op.name}" if op.owner.path else op.name
-
-
-def _heads(trace: Trace) -> list[Op]:
-    """The last linear layers (or 1x1 convolutions) that make the output: the classifier.
-
-    Going back from the output, only operations without weights are passed. None where another
-    kind of weighted operation, or the output of a unit, is met first: then there is no classifier.
-    """
-    made = {value: op for op in trace.ops for _, value in op.outputs}
-    made.update({new: op for op in trace.ops for _, new in op.aliases})
-    heads: dict[int, Op] = {}
-    todo, seen = [trace.output], set()
-    while todo:
-        op = made.get(todo.pop())
-        if op is None or op.time in seen:
-            continue
-        seen.add(op.time)
-        data = [i for i in op.reads if trace.values[i].data]
-        kept = [i for i in op.reads if not trace.values[i].data]
-        if kept and op.flops and len(data) == 1:
-            heads[op.time] = op
-        elif any(trace.values[i].attr is not None for i in kept):
-            return []
-        else:
-            todo += data
-    found = [heads[time] for time in sorted(heads)]
-    if len(found) > 1:  # where several meet, those of vectors are classifiers, others may not be
-        found = [op for op in found if not _spread(trace, op)]
-    return found if len(found) <= 4 else []
-
-
-def _spread(trace: Trace, op: Op) -> bool:
-    shape = trace.values[_head_input(trace, op)].tensor.shape
-    return len(shape) != 2 and tuple(shape[2:]) != (1, 1)
-
-
-def _head_input(trace: Trace, op: Op) -> int:
-    return next(i for i in op.reads if trace.values[i].data)
-
-
-def _after(trace: Trace, heads: list[Op]) -> set[int]:
-    """Times of the heads and of everything computed from them."""
-    times = {op.time for op in heads}
-    tainted = {value for op in heads for _, value in op.outputs}
-    for op in trace.ops:
-        if any(i in tainted for i in op.reads):
-            times.add(op.time)
-            tainted.update(value for _, value in op.outputs)
-    return times
 
 
 def _mark(step: Step) -> int:

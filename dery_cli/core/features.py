@@ -189,7 +189,7 @@ def _delivered(features: PooledFeatures, node: Node, dtype: torch.dtype) -> Pool
             raise DeryError(
                 f"node {node.index} ({node.name}) gives features up to "
                 f"{float(tensor.abs().max()):.3g}, too large for {str(dtype).split('.')[-1]}",
-                "use --dtype float32",
+                "use --dtype fp32",
                 details={"node": node.index},
             )
         delivered[field.name] = cast

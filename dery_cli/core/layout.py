@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from dery_cli.core.trace import Op, Ref, Trace
 from dery_cli.types import Layout
@@ -137,7 +138,8 @@ class Positions:
                 args = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
                 result: Any = op.func(*args, **fill(op.kwargs)).to(torch.int32)
             elif op.name == "pad":  # padding is 0; positions are >= 0 and nothing is -1
-                result = op.func(args[0] + 1, *args[1:], **fill(op.kwargs)) - 1
+                sizes = op.kwargs["pad"] if "pad" in op.kwargs else args[1]
+                result = functional.pad(args[0] + 1, sizes) - 1
             else:
                 result = op.func(*args, **fill(op.kwargs))
         except (LookupError, RuntimeError, TypeError):

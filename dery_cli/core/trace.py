@@ -15,12 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from dery_cli.core.cost import meta_copy
+from dery_cli.core.meta import SHORTCUTS, FlopMeter, lstm_flops, meta_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +145,7 @@ def record(
     """
     twin = meta_copy(model).train(train).requires_grad_(False)
     image = torch.empty(shape, dtype=dtype, device="meta")
-    counter = _FlopMeter() if count else None
+    counter = FlopMeter() if count else None
     with torch.no_grad(), counter or contextlib.nullcontext():
         recorder = _Recorder(twin, image, counter)
         with recorder:
@@ -191,27 +188,6 @@ _SHAPE_ONLY = {
 """Functions that ask a tensor for its shape and type alone."""
 
 
-def _norm(input: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # noqa: A002 (torch's name)
-    return torch.empty_like(input)
-
-
-def _interpolate(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: A002
-    size, scale = [*args, None, None][:2]
-    return functional.interpolate(
-        input, kwargs.get("size", size), kwargs.get("scale_factor", scale), mode="nearest"
-    )
-
-
-_SHORTCUTS: dict[Any, Callable[..., Any]] = {
-    functional.batch_norm: _norm,
-    functional.layer_norm: _norm,
-    functional.group_norm: _norm,
-    functional.instance_norm: _norm,
-    functional.rms_norm: _norm,
-    functional.interpolate: _interpolate,
-}
-"""What gives a result of the same shape on the meta device, where the original is very slow."""
-
 _ASKING = {"size", "dim", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension"}
 """Methods that answer a question about a tensor."""
 
@@ -220,25 +196,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class _FlopMeter(TorchDispatchMode):
-    """Adds up torch's own flop formulas, as ``FlopCounterMode`` does, without its bookkeeping."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, image: torch.Tensor, counter: _FlopMeter | None) -> None:
+    def __init__(self, model: nn.Module, image: torch.Tensor, counter: FlopMeter | None) -> None:
         super().__init__()
         self.model, self.counter = model, counter
         self.values: list[Value] = []
@@ -283,7 +242,9 @@ class _Recorder(TorchFunctionMode):
         inputs = [tensor for _, tensor in leaves([args, kwargs])]
         # a slice may hold tensors, but they index: they are read, never written
         versions = [tensor._version for tensor in inputs]
-        result = _SHORTCUTS.get(func, func)(*args, **kwargs)
+        result = SHORTCUTS.get(func, func)(*args, **kwargs)
+        if func is torch.lstm and self.counter is not None:
+            self.counter.total += lstm_flops(args)
         produced = any(True for _ in leaves(result))
         written = [t for t, version in zip(inputs, versions, strict=True) if t._version != version]
         if produced or written:
@@ -329,7 +290,7 @@ class _Recorder(TorchFunctionMode):
             parent.events.append(call)
         self.stack.append(call)
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+    def _leave(self, _: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         call = self.stack[-1]
         known = {id(tensor) for _, tensor in leaves([args, kwargs])}
         result = map_tensors(result, lambda t: self._passed(t) if id(t) in known else t)

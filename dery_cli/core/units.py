@@ -224,16 +224,17 @@ class _Finder:
         An element of a list is one block where none of the list's elements holds a list of units,
         that is, two units in a row with the same place in one.
         """
-        around = {a for unit in units if unit.call for a in unit.call.ancestors()}
-        places = {_pattern(call.path) for call in around if _indexed(call.path)}
+        callers = {a for unit in units if unit.call for a in unit.call.ancestors()}
+        places = {_pattern(call.path) for call in callers if _indexed(call.path)}
         raw = [unit for unit in units if unit.call is None]
         for place in sorted(places, key=lambda path: (-path.count("."), path)):
             held: dict[Call, list[str]] = {}
-            for unit in sorted(units, key=lambda unit: unit.start):
-                for call in unit.call.ancestors() if unit.call is not None else ():
-                    if _pattern(call.path) == place and call is not unit.call:
-                        held.setdefault(call, []).append(_pattern(unit.call.path))
-            in_list = any(a == b for inner in held.values() for a, b in pairwise(inner))
+            inner = [unit.call for unit in sorted(units, key=lambda unit: unit.start) if unit.call]
+            for call in inner:
+                for around in call.ancestors():
+                    if _pattern(around.path) == place and around is not call:
+                        held.setdefault(around, []).append(_pattern(call.path))
+            in_list = any(a == b for each in held.values() for a, b in pairwise(each))
             if len(held) > 1 and not in_list:
                 calls = [unit.call for unit in units if unit.call is not None]
                 units = _outermost(raw, [*calls, *held], self.stop)

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision import models
 
 from dery_cli.core.cost import count_flops, count_params
-from dery_cli.core.dissect import Dissection, DissectError, dissect
+from dery_cli.core.dissect import DissectError, Dissection, dissect
 
 SMALL = {
     "test": 0, "zepto": 1, "atto": 1, "femto": 2, "pico": 3, "nano": 3, "xxs": 3, "xxt": 3,

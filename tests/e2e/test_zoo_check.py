@@ -1,4 +1,4 @@
-"""``dery zoo check`` and ``dery_cli.testing``: what keeps the contract passes, what breaks it is named."""
+"""``dery zoo check``: what keeps the contract passes, what breaks it is named."""
 
 from __future__ import annotations
 
@@ -39,12 +39,15 @@ class Tiny(nn.Module):
         return self.fc(self.units(self.stem(x)).mean((2, 3)))
 
 
+INPUT = InputSpec(image_size=(16, 16))
+
+
 @dataclasses.dataclass
 class Zoo:
     """A plugin of one model, to be broken in one place at a time."""
 
     unit: type = Unit
-    input: InputSpec = InputSpec(image_size=(16, 16))
+    input: InputSpec = INPUT
     before: object = None
 
     def list_models(self):
@@ -83,7 +86,7 @@ def test_the_image_size_is_the_one_asked_for():
 
 
 def spec(**changes):
-    return dataclasses.replace(InputSpec(image_size=(16, 16)), **changes)
+    return dataclasses.replace(INPUT, **changes)
 
 
 def use_network():

@@ -134,6 +134,7 @@ def adversarial():
         "nearly constant, float32": 1.0 + 1e-4 * x,
         "huge": x * 1e25,
         "tiny": x * 1e-25,
+        "squares underflow": x * 2e-21,
         "huge float64": base[2].double() * 1e90,
         "offset": base[2] + 1e4,
         "offset differs by channel": base[2] + torch.logspace(-3, 4, 40),
@@ -159,8 +160,9 @@ def test_adversarial_features_to_1e_4(minibatch):
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_adversarial_features_rbf(biased):
-    chosen = adversarial()
-    features = list(chosen.values())
+    far = randn(N, 8, seed=12)
+    far[::5] += 1e4  # most distances are of order 1, between samples that lie 1e4 from the mean
+    features = [*adversarial().values(), far]
     sim_PP = cka(features, RBF_CKA, minibatch=200, biased=biased).sim_PP
     expected = loop(features, 200, biased=biased, kernel=rbf_kernel)
     assert torch.allclose(sim_PP, expected, atol=1e-4, rtol=0)
@@ -176,8 +178,8 @@ def test_rbf_bandwidth(bandwidth):
 
 def test_wide_rbf_kernel_becomes_linear():
     features = related()
-    wide = cka(features, RBF_CKA, bandwidth=300.0).sim_PP
-    assert torch.allclose(wide, cka(features).sim_PP, atol=1e-3)
+    wide = cka(features, RBF_CKA, bandwidth=1e7, minibatch=N).sim_PP
+    assert torch.allclose(wide, cka(features, minibatch=N).sim_PP, atol=1e-5)
 
 
 def test_rbf_where_most_samples_are_equal():
@@ -478,12 +480,19 @@ def test_models_by_best_match():
     assert torch.allclose(sim_MM, torch.tensor([[1.0, 0.7], [0.7, 1.0]]))
 
 
-def test_precision_setting_of_the_caller_is_kept():
+def test_products_are_full_float32_whatever_the_caller_has_set():
+    seen = []
+
+    class Watching(CountingRows):
+        def __getitem__(self, rows):
+            seen.append(torch.get_float32_matmul_precision())
+            return super().__getitem__(rows)
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        expected = loop(related(), 256)
-        assert torch.allclose(similarity(related()).sim_PP, expected, atol=1e-5)
+        similarity(Watching.wrap(related()))
+        assert set(seen) == {"highest"}
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -19,7 +19,11 @@ TENSORS = {
     "10.feat_NGC": torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)),
     "labels": torch.arange(7),
     "bf": torch.arange(7).bfloat16(),
-    "one": torch.arange(7, dtype=torch.uint8),
+    "b": torch.arange(7) > 3,
+    **{
+        str(dtype): torch.arange(7, dtype=dtype)
+        for dtype in (torch.float64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    },
 }
 SPECS = {name: (t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
 

@@ -73,7 +73,8 @@ def test_a_taken_name_is_found_before_anything_is_built(tmp_path, monkeypatch):
     before = (tmp_path / ".dery" / "zoo.json").read_bytes()
     monkeypatch.setattr(zoo_module, "build_model", lambda *_, **__: pytest.fail("it was built"))
     (tmp_path / "m.toml").write_text(
-        '[[model]]\nspec = "demo/resnet"\n[[model]]\nspec = "demo/swin"\nname = "demo__mobilenetv3"\n'
+        '[[model]]\nspec = "demo/resnet"\n'
+        '[[model]]\nspec = "demo/swin"\nname = "demo__mobilenetv3"\n'
     )
     outcome = run_dery("zoo", "add", "-m", "m.toml", "--json", cwd=tmp_path)
     assert outcome.code == 2

@@ -1,0 +1,100 @@
+"""Filters, the frontier and the proof of ``dery assemble``."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+
+def _donors(result) -> set[str]:
+    return {block["donor"] for block in result["network"]["blocks"]}
+
+
+def test_include_and_exclude(copied):
+    outcome = copied("assemble", "--exclude", "demo__resnext", "--candidates", "3", "--json")
+    assert outcome.code == 0, outcome.stderr
+    listing = outcome.json["result"]["comparison"]
+    assert all("demo__resnext" not in row["network"] for row in listing)
+    only = ["--include", "demo__mobilenetv3", "--include", "demo__convnext"]
+    outcome = copied("assemble", *only, "--candidates", "3", "--json")
+    if outcome.code == 0:
+        assert _donors(outcome.json["result"]) <= {"demo__mobilenetv3", "demo__convnext"}
+    else:
+        assert outcome.code == 3
+
+
+def test_a_filter_that_leaves_nothing_is_named(copied):
+    outcome = copied("assemble", "--license", "GPL-3.0", "--json")
+    assert outcome.code == 3
+    assert "--license GPL-3.0" in outcome.json["error"]["message"]
+    outcome = copied("assemble", "--image-size", "224", "--json")
+    assert outcome.code == 3
+    assert "--image-size 224" in outcome.json["error"]["message"]
+
+
+def test_max_donors(copied):
+    outcome = copied("assemble", "--max-donors", "2", "--no-whole", "--candidates", "4", "--json")
+    if outcome.code == 3:
+        assert "--max-donors 2" in outcome.json["error"]["message"]
+        return
+    assert len(_donors(outcome.json["result"])) == 2
+
+
+def test_no_whole(copied):
+    outcome = copied("assemble", "--no-whole", "--candidates", "3", "--json")
+    assert outcome.code == 0
+    result = outcome.json["result"]
+    assert not result["whole"]
+    assert "best whole model" not in {row["role"] for row in result["comparison"]}
+
+
+def test_the_frontier(copied, tmp_path):
+    outcome = copied("assemble", "--pareto", "--max-params", "2M", "--name", "front", "--json")
+    assert outcome.code == 0
+    points = outcome.json["result"]["frontier"]
+    assert points == sorted(points, key=lambda p: -p["score"])
+    assert all(p["params"] <= 2_000_000 for p in points)
+    for one in points:
+        for other in points:
+            beaten = (
+                other["score"] >= one["score"]
+                and other["params"] <= one["params"]
+                and other["flops"] <= one["flops"]
+            )
+            assert not beaten or other is one or other == one
+    with (tmp_path / "ws" / "assemblies" / "front" / "pareto.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["params"]) for row in rows] == [p["params"] for p in points]
+    assert not (tmp_path / "ws" / "assemblies" / "front" / "assembly.json").exists()
+
+
+def test_another_budget_reuses_the_scores(copied, tmp_path):
+    path = tmp_path / "ws" / "scores.json"
+    before = path.read_bytes()
+    outcome = copied("assemble", "--max-params", "1M", "--candidates", "2", "-v")
+    assert outcome.code == 0
+    assert "those of an earlier run" in outcome.stderr
+    assert path.read_bytes() == before
+
+
+def test_the_best_score_within_a_budget_never_falls_with_it(copied):
+    scores = []
+    for budget in ("500k", "700k", "1M", "3M"):
+        outcome = copied("assemble", "--pareto", "--max-params", budget, "--json")
+        if outcome.code == 0:
+            scores.append(outcome.json["result"]["frontier"][0]["score"])
+    assert scores == sorted(scores)
+    assert len(scores) > 1
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_several_assemblies_are_kept(copied, tmp_path, name):
+    assert copied("assemble", "--candidates", "2", "--name", name).code == 0
+    record = json.loads((tmp_path / "ws" / "assemblies" / name / "assembly.json").read_text())
+    assert record["data"]["network"]["blocks"]
+    card = (tmp_path / "ws" / "assemblies" / name / "README.md").read_text()
+    for block in record["data"]["network"]["blocks"]:
+        assert block["donor"] in card
+        assert block["license"] in card
