@@ -19,8 +19,11 @@ from dery_cli.config import PartitionConfig
 from dery_cli.terminal import Terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dery_cli.core.partition import Partition
     from dery_cli.similarity_store import StoredSimilarity
+    from dery_cli.types import Donor
     from dery_cli.zoo import Zoo
 
 
@@ -86,7 +89,8 @@ def partition(
         else:
             started = time.monotonic()
             answer = _solve(terminal, zoo, stored, config)
-            data = _to_json(zoo, answer)
+            names = [donor.name for donor in cuttable(zoo, config.blocks)]
+            data = _to_json(names, answer)
             found = write_record(
                 space.partition,
                 Artifact(
@@ -101,6 +105,12 @@ def partition(
     return _show(terminal, dict(found.data))
 
 
+def cuttable(zoo: Zoo, blocks: int) -> list[Donor]:
+    """The donors that take part: all but those with no place to cut, unless none is to be cut."""
+    donors = list(zoo.donors.values())
+    return [d for d in donors if blocks == 1 or d.anatomy.num_units > 1] or donors
+
+
 def _solve(
     terminal: Terminal, zoo: Zoo, stored: StoredSimilarity, config: PartitionConfig
 ) -> Partition:
@@ -109,9 +119,16 @@ def _solve(
     from dery_cli.core.partition import PartitionProblem
     from dery_cli.core.partition import partition as solve
 
-    donors = list(zoo.donors.values())
+    donors = cuttable(zoo, config.blocks)
+    left_out = [name for name in zoo.names() if all(name != donor.name for donor in donors)]
+    if left_out:
+        terminal.warn(f"{', '.join(left_out)} cannot be cut and will only compete whole")
     units = tuple(donor.anatomy.num_units for donor in donors)
-    sim = stored.result.clamp().double().numpy()
+    place = {entry: row for row, entry in enumerate(stored.index)}
+    compared = [
+        place[donor.name, n + 1] for donor in donors for n in range(donor.anatomy.num_units)
+    ]
+    sim = stored.result.clamp().double().numpy()[np.ix_(compared, compared)]
     if stored.directional:  # both ways count alike
         sim = (sim + sim.T) / 2
     # the program's matrix has a row for every node 0 too; it sets those entries itself
@@ -128,7 +145,7 @@ def _solve(
     problem = PartitionProblem(
         sim_PP=sim_PP,
         units=units,
-        names=tuple(zoo.names()),
+        names=tuple(donor.name for donor in donors),
         num_blocks=config.blocks,
         eps=config.eps,
         size=config.size,  # type: ignore[arg-type] # checked by the config
@@ -148,8 +165,7 @@ def _solve(
     return answer
 
 
-def _to_json(zoo: Zoo, answer: Partition) -> dict[str, Any]:
-    names = zoo.names()
+def _to_json(names: Sequence[str], answer: Partition) -> dict[str, Any]:
     return {
         "donors": [
             {

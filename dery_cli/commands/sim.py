@@ -227,6 +227,9 @@ def _compute(
         if result.sim_PP.shape != (len(index),) * 2:
             raise ValueError(f"{len(index)} nodes gave a matrix {tuple(result.sim_PP.shape)}")
         bar.update(100)
+    for row in result.constant_nodes:
+        donor, node = index[row]
+        terminal.detail(f"node {node} of {donor} has constant features: similarity 0 to all")
     for warning in result.warnings:
         terminal.warn(warning)
     numer_PP = result.numer_PP

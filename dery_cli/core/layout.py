@@ -94,7 +94,7 @@ class Positions:
                 self.found.update((v, None) for _, v in op.outputs)
                 self._move(op)
             return missing
-        reads.sort(key=lambda i: (self._shape(i) != shape, i))
+        reads.sort(key=lambda i: (self._shape(i) != shape, self._origin(i)))
         kept = None
         for index in reads:
             if index not in self.found:
@@ -105,11 +105,17 @@ class Positions:
                     _mix(op.name, source, shape, self.trace.batch)
                 )  # fmt: skip
                 kept = companion if kept is None else kept
-                if companion is not None and bool((companion != companion.flatten()[0]).any()):
+                if companion is not None and geometry(tuple(shape), companion) is not None:
                     kept = companion
                     break
         self.found[value] = kept
         return []
+
+    def _origin(self, value: int) -> int:
+        """The value that ``value`` merely passes on."""
+        while value in self.maker and self.maker[value].name == "same":
+            value = self.maker[value].reads[0]
+        return value
 
     def _shape(self, value: int) -> torch.Size:
         return self.trace.values[value].tensor.shape

@@ -94,7 +94,7 @@ class TimmZoo:
         cfg = _config(model)
         options: dict[str, Any] = {}
         if image_size is not None and tuple(image_size) != tuple(cfg.input_size[1:]):
-            options = _size_options(model, tuple(image_size), cfg)
+            options = _size_options(model, (image_size[0], image_size[1]), cfg)
         if not pretrained:
             return timm.create_model(model, pretrained=False, **options).eval()
         if not cfg.has_weights:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import pickle
 import typing
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,21 +56,17 @@ class TorchvisionZoo:
     def build(
         self, model: str, *, pretrained: bool, image_size: tuple[int, int] | None = None
     ) -> nn.Module:
-        import torch
-
         name, weights = _resolve(model)
-        options = _variant(name)
         usual = self.card(model).input.image_size
-        resized = image_size is not None and tuple(image_size) != usual
-        if resized:
-            assert image_size is not None
-            options |= _size_options(model, name, tuple(image_size), options)
+        size = usual if image_size is None else (image_size[0], image_size[1])
+        options = _variant(name)
+        options |= _size_options(model, name, size, options, check=size != usual)
         if not pretrained:
             return _construct(name, options).eval()
         if weights is None:
             raise OSError(f"torchvision has no pretrained weights for {name}")
         with _safe_downloads(model):
-            if not resized or not _size_argument(name):
+            if size == usual or not _size_argument(name):
                 from torchvision import models
 
                 built: nn.Module = models.get_model(name, weights=weights)
@@ -85,7 +83,6 @@ class TorchvisionZoo:
                 f"{mismatch[0]} has another shape at {options}"
             )
         built.load_state_dict(state)
-        del torch
         return built.eval()
 
 
@@ -151,9 +148,11 @@ def _construct(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _size_options(
-    model: str, name: str, size: tuple[int, int], options: dict[str, Any]
+    model: str, name: str, size: tuple[int, int], options: dict[str, Any], *, check: bool
 ) -> dict[str, Any]:
     """What the constructor has to be told for images of ``size``.
+
+    With ``check`` the model is first tried on the meta device.
 
     Raises:
         ValueError: The architecture does not take that size.
@@ -168,6 +167,8 @@ def _size_options(
         sized = {argument: size[0]}
     elif argument is not None:
         sized = {argument: size}
+    if not check:
+        return sized
     try:
         with torch.device("meta"), torch.no_grad():
             _construct(name, options | sized).eval()(torch.empty(1, 3, *size))
@@ -185,7 +186,8 @@ def _resample(built: nn.Module, state: dict[str, Any], options: dict[str, Any]) 
     from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
     if isinstance(built, VisionTransformer):
-        return dict(interpolate_embeddings(options["image_size"], built.patch_size, state))
+        ordered = OrderedDict(state)
+        return dict(interpolate_embeddings(options["image_size"], built.patch_size, ordered))
     return state
 
 
@@ -220,6 +222,12 @@ def _safe_downloads(model: str) -> Iterator[None]:
     try:
         with mock.patch.object(WeightsEnum, "get_state_dict", refuse if offline else fetch):
             yield
+    except pickle.UnpicklingError as error:
+        raise OSError(f"the weights of {model} are refused: they hold more than tensors") from error
+    except RuntimeError as error:
+        if "hash" not in str(error):
+            raise
+        raise OSError(f"the weights of {model} are damaged: {error}") from error
     except OSError as error:
         if "HF_HUB_OFFLINE" in str(error):
             raise

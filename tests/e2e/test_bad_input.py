@@ -139,13 +139,13 @@ def test_a_truncated_safetensors_file(dery, tmp_path):
 
 def test_weights_of_another_architecture_name_the_keys(dery, tmp_path):
     path = tmp_path / "weights.safetensors"
-    save_file({"conv1.weight": torch.zeros(3, 3), "zzz": torch.zeros(2)}, path)
+    save_file({"conv1.0.weight": torch.zeros(3, 3), "zzz": torch.zeros(2)}, path)
     outcome = dery("zoo", "add", "demo/resnet", "--weights", str(path), "--json")
     assert outcome.code == 2
     message = outcome.json["error"]["message"]
     assert "does not match the architecture" in message
     assert "unexpected (zzz)" in message
-    assert "conv1.weight (3, 3) for" in message
+    assert "conv1.0.weight (3, 3) for" in message
     assert "layer1.0.conv1.weight" in outcome.json["error"]["details"]["missing"]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from dery_cli.core.cost import count_flops, count_params
-from dery_cli.core.dissect import Dissection, DissectError, dissect
+from dery_cli.core.dissect import DissectError, Dissection, dissect
 from dery_cli.types import Layout
 
 SIZES = {
@@ -83,7 +83,7 @@ def test_blocks_in_a_row_are_the_donor(donor) -> None:
 
 @torch.no_grad()
 def test_features_and_longer_blocks_agree(donor) -> None:
-    model, found, images = donor
+    _, found, images = donor
     n = found.anatomy.num_units
     truth = list(found.features(images))
     assert len(truth) == n + 1
@@ -132,7 +132,7 @@ def test_gradients_reach_every_parameter(donor) -> None:
 
 
 def test_a_copy_stands_on_its_own(donor) -> None:
-    model, found, images = donor
+    _, found, images = donor
     block = found.block(0, 2)
     twin = copy.deepcopy(block)
     assert list(twin.state_dict()) == list(block.state_dict())

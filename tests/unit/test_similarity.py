@@ -134,7 +134,7 @@ def adversarial():
         "nearly constant, float32": 1.0 + 1e-4 * x,
         "huge": x * 1e25,
         "tiny": x * 1e-25,
-        "squares underflow": x * 2e-21,
+        "squares underflow": x * 5e-23,
         "huge float64": base[2].double() * 1e90,
         "offset": base[2] + 1e4,
         "offset differs by channel": base[2] + torch.logspace(-3, 4, 40),
