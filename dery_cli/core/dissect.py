@@ -165,6 +165,7 @@ class _Plan:
         self, model: nn.Module, trace: Trace, *, nodes: Sequence[str] | None, whole: bool
     ) -> None:
         self.trace, self.model = trace, model
+        self.method = "fx" if nodes is None else "manifest"
         self.heads = classifier_ops(trace)
         vectors = [head_input(trace, op) for op in self.heads] or [trace.output]
         vectors = list(dict.fromkeys(vectors))
@@ -325,7 +326,7 @@ class _Plan:
                 for i, g in enumerate(self.geometries)
             ),
             shared=tuple(SharedParams(count=c, units=u) for u, c in sorted(shared.items())),
-            method="fx",
+            method=self.method,
         )
 
     def _rest(self, owned: dict[int, list[int]], names: dict[int, str]) -> dict[int, nn.Parameter]:

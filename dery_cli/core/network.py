@@ -1,6 +1,6 @@
 """The assembled network, and how it is put together from blocks of several donors.
 
-``AssembledNetwork`` is the module; ``NetworkBuilder`` makes networks from dissected donors: it takes
+``AssembledNetwork`` is the module; ``NetworkBuilder`` makes networks of dissected donors: it takes
 the blocks, adds the stitches, and fits these in order, joint by joint, each on what the network so
 far really delivers. Prefixes that several candidates share are fitted once.
 """

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
@@ -53,6 +54,18 @@ def test_fused_attention_counts_both_products() -> None:
     heads, tokens, width = 3, 11, 8
     example = torch.randn(2, heads, tokens, width)
     assert count_flops(Attention(), example) == 2 * heads * tokens * tokens * width
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_whole_models_per_operator_by_fvcore(name: str) -> None:
+    model = timm.create_model(name).eval()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # fvcore does not know the fused operator
+    example = torch.randn(1, 3, 160, 160)
+    counted = FlopCountAnalysis(model, example).unsupported_ops_warnings(False).by_operator()
+    expected = sum(counted[kind] for kind in ("conv", "linear", "matmul") if kind in counted)
+    assert count_flops(model, example) == expected
 
 
 class Recurrent(nn.Module):
