@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Sequence
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dery_cli.types import InputSpec, ModelCard
@@ -100,7 +104,8 @@ class TimmZoo:
         if not cfg.has_weights:
             raise OSError(f"timm has no pretrained weights for {model}")
         try:
-            built: nn.Module = timm.create_model(model, pretrained=True, **options)
+            with _cache_alone_without_network():
+                built: nn.Module = timm.create_model(model, pretrained=True, **options)
         except Exception as error:
             if not _from_network(error):
                 raise
@@ -212,6 +217,24 @@ def _refusal(
 def _has_window(module: Any) -> bool:
     window = inspect.getattr_static(module, "window_size", None)
     return isinstance(window, (int, tuple)) and bool(window)
+
+
+@contextlib.contextmanager
+def _cache_alone_without_network() -> Iterator[None]:
+    """Where the hub's name does not resolve, keep its client from retrying for a minute."""
+    from huggingface_hub import constants
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    before = constants.HF_HUB_OFFLINE
+    if not urllib.request.getproxies():  # behind a proxy names need not resolve here
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _from_network(error: Exception) -> bool:
