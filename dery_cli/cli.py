@@ -80,7 +80,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line; print its outcome and return the exit code."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return _run(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: Sequence[str]) -> int:
     wants_json = "--json" in args
     name = _command_name(args)
     result: Any = None

@@ -163,3 +163,9 @@ def test_the_readme_names_no_option_that_is_not_there():
     }
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert used - known == set()
+
+
+def test_running_a_command_leaves_the_callers_signal_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(["zoo", "plugins", "--json"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
