@@ -215,7 +215,7 @@ class Root(nn.Module):
         x = functional.relu(self.stem(x), inplace=True)
         for block in self.blocks:
             bias = torch.zeros(x.shape[0], 8, 1, 1, device=x.device) + self.shared * self.shift
-            x = functional.dropout(x, 0.5, self.training)
+            x = functional.dropout(functional.relu_(x), 0.5, self.training)
             x = block(functional.relu_(x + bias))
         batch = x.shape[0]
         x = functional.relu_(self.norm(x)).mean((2, 3)).view(batch, -1)
@@ -251,6 +251,22 @@ def test_the_roots_own_code_trains_and_takes_any_batch() -> None:
     assert float(model.norm.running_mean.abs().sum()) > 0
     whole.eval()
     assert torch.equal(whole(images), whole(images))
+
+
+@torch.no_grad()
+def test_code_that_works_in_place_spares_the_nodes() -> None:
+    model = Root().eval()
+    found = dissect(model, torch.empty(1, 3, 8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    seen, kept = [], []
+    for tensor in found.features(images):
+        seen.append(tensor)
+        kept.append(tensor.clone())
+    for unit in range(3):
+        assert torch.equal(found.block(unit, unit + 1)(seen[unit]), kept[unit + 1])
+    for before, after in zip(kept, seen, strict=True):
+        assert torch.equal(before, after)
+    assert float(seen[1].min()) < 0  # the next unit begins with relu_
 
 
 def test_parameters_used_by_several_units_are_shared() -> None:
