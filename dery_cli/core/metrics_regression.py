@@ -182,9 +182,13 @@ def orthonormal_basis(x_NC: Tensor) -> Tensor:
     """
     norm_C = torch.linalg.vector_norm(x_NC, dim=0)
     x_NC = x_NC[:, norm_C > 0] / norm_C[norm_C > 0]
+    q_NC: Tensor
+    r_CC: Tensor
     q_NC, r_CC = torch.linalg.qr(x_NC)
     if float(r_CC.diagonal().abs().min()) > 1e-6:
         return q_NC
+    u_CC: Tensor
+    value_C: Tensor
     u_CC, value_C, _ = torch.linalg.svd(r_CC)
     tolerance = max(x_NC.shape) * torch.finfo(x_NC.dtype).eps * float(value_C[0])
     return q_NC @ u_CC[:, value_C > tolerance]

@@ -4,8 +4,9 @@
 
 Each model is taken apart on the meta device (``ms`` of processor time), then rebuilt from its
 blocks with random weights on the CPU; ``error`` is the largest relative difference between the
-blocks in a row and the whole. ``params`` and ``flops`` say whether units and classifier add up to the model and to
-torch's counter (the reference). Without ``--all``, every sixth family and eighth torchvision model.
+blocks in a row and the whole. ``params`` and ``flops`` say whether units and classifier add up to
+the model and to torch's counter (the reference). Without ``--all``, every sixth family and eighth
+torchvision model.
 """
 
 from __future__ import annotations

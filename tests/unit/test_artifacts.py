@@ -97,12 +97,14 @@ def test_an_error_leaves_the_old_artifact_and_no_litter(tmp_path):
 def test_a_full_disk_is_said_in_one_line(tmp_path):
     path = tmp_path / "partition.json"
     write_with_file(path, 1, b"old")
-    with (
-        pytest.raises(DeryError, match="no space left on the disk while writing") as caught,
-        transaction(path) as work,
-    ):
-        work.path("payload.bin").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill():
+        with transaction(path) as work:
+            work.path("payload.bin").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DeryError, match="no space left on the disk while writing") as caught:
+        fill()
     assert "what was there before is intact" in caught.value.hint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["partition.json", "payload.bin"]
 

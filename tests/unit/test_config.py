@@ -59,7 +59,7 @@ def test_budgets():
         "at most 30.00M params, at most 5.00G multiply-adds, at least 1.00G multiply-adds"
     )
     assert str(Budget()) == "no limit"
-    with pytest.raises(UsageError, match="--min-flops 2.00G is above --max-flops 1.00G"):
+    with pytest.raises(UsageError, match=r"--min-flops 2\.00G is above --max-flops 1\.00G"):
         Budget.parse(max_params=None, min_params=None, max_flops="1G", min_flops="2G")
 
 

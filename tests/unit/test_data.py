@@ -55,10 +55,13 @@ def test_a_broken_image_is_named(tmp_path):
     make_images(tmp_path, ["ant", "bee"], 3)
     (tmp_path / "ant" / "001.png").write_bytes(b"no image")
     data = open_data(str(tmp_path))
+    images = [(split, i) for split in (data.train, data.test) for i in range(len(split))]
+
+    def decode():
+        return [split.image(index) for split, index in images]
+
     with pytest.raises(DeryError, match=r"cannot read the image .*ant.001\.png"):
-        for split in (data.train, data.test):
-            for index in range(len(split)):
-                split.image(index)
+        decode()
 
 
 def test_the_field_of_view_is_a_centred_square():

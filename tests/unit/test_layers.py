@@ -74,6 +74,10 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
+def _is_module(name: str) -> bool:
+    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+
+
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -82,13 +86,8 @@ def test_no_arrow_points_back(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for module, _ in _imports(path):
         parts = module.split(".")
-        if parts[0] != "dery_cli" or len(parts) < 2 or not (PACKAGE / parts[1]).exists():
-            if (
-                parts[0] != "dery_cli"
-                or len(parts) < 2
-                or not (PACKAGE / f"{parts[1]}.py").exists()
-            ):
-                continue
+        if parts[0] != "dery_cli" or len(parts) < 2 or not _is_module(parts[1]):
+            continue
         if own == "commands" and module.startswith("dery_cli.cli"):
             assert path.name == "demo.py", "only the demo runs command lines"
             continue
