@@ -132,6 +132,7 @@ class _Run:
         self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
         self.objective = Objective(config, len(classes), self.teacher)
         self.trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+        self.fixed_norms = optim.norms_to_fix(model, config)
         groups = optim.parameter_groups(model, config)
         if self.trainee.adapter is not None:
             adapter = list(self.trainee.adapter.parameters())
@@ -297,7 +298,7 @@ class _Run:
         """Freeze or free the blocks, and start this phase's schedule."""
         config, phase = self.config, self.plan.phase(self.step)
         optim.set_trainable(self.model, frozen=phase.frozen, trainable=self.trainable)
-        optim.set_train_mode(self.model, frozen=phase.frozen, batch_norm=config.batch_norm)
+        optim.set_train_mode(self.model, frozen=phase.frozen, fixed=self.fixed_norms)
         norms = optim.batch_norms(self.model)
         if norms and self.accelerator.num_processes > 1:
             if self.accelerator.device.type == "cuda":
@@ -344,6 +345,7 @@ class _Run:
                 "random": {"seed": self.config.seed, "step": self.step},
                 "loss": [self.loss_sum, self.loss_count],
                 "best": self.best,
+                "fixed_norms": sorted(self.fixed_norms),
             }
             ckpt.save_checkpoint(self.run_dir, "last", self.step, tensors, state)
             ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
@@ -372,6 +374,7 @@ class _Run:
         self.step = self.saved_step = saved.step
         self.loss_sum, self.loss_count = saved.state["loss"]
         self.best = dict(saved.state["best"])
+        self.fixed_norms = frozenset(saved.state["fixed_norms"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))

@@ -133,13 +133,31 @@ def set_trainable(model: nn.Module, *, frozen: bool, trainable: frozenset[str]) 
         parameter.requires_grad_(name in trainable and not (frozen and is_block(name)))
 
 
-def set_train_mode(model: nn.Module, *, frozen: bool, batch_norm: str) -> None:
-    """Training mode, except for frozen blocks and, under ``fixed``, the blocks' batch norms."""
+def set_train_mode(model: nn.Module, *, frozen: bool, fixed: frozenset[str]) -> None:
+    """Training mode, except for frozen blocks and the batch norms named ``fixed``."""
     model.train()
     for name, module in model.named_modules():
-        inside = name == "blocks" or is_block(name)
-        if inside and (frozen or (batch_norm == "fixed" and isinstance(module, _BatchNorm))):
+        if name in fixed or (frozen and (name == "blocks" or is_block(name))):
             module.training = False
+
+
+def norms_to_fix(model: nn.Module, config: FinetuneConfig) -> frozenset[str]:
+    """Batch norms of blocks that keep their statistics under ``batch_norm="fixed"``.
+
+    Statistics still at 0 and 1 are of a network that was never trained: those are not kept.
+    """
+    if config.batch_norm != "fixed":
+        return frozenset()
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if is_block(name) and isinstance(module, _BatchNorm) and not _is_fresh(module)
+    )
+
+
+def _is_fresh(norm: _BatchNorm) -> bool:
+    mean_C, var_C = norm.running_mean, norm.running_var
+    return mean_C is None or var_C is None or bool((mean_C == 0).all() and (var_C == 1).all())
 
 
 def batch_norms(model: nn.Module) -> list[str]:

@@ -127,13 +127,21 @@ def test_stitch_then_full_frees_the_blocks_after_its_first_phase(tmp_path):
     assert result.history[-1]["lr"] < result.history[0]["lr"]
 
 
-def test_fixed_batch_norms_train_but_keep_their_statistics(tmp_path):
-    before = Assembly().state_dict()
+def pretrained():
+    """As if the first block had been trained: its batch norm has statistics."""
     model = Assembly()
+    model.blocks[0][1].running_mean += 0.5
+    return model
+
+
+def test_fixed_batch_norms_train_but_keep_their_statistics(tmp_path):
+    before, model = pretrained().state_dict(), pretrained()
     run(tmp_path, model, batch_norm="fixed")
     after = model.state_dict()
     assert torch.equal(before["blocks.0.1.running_mean"], after["blocks.0.1.running_mean"])
+    assert torch.equal(before["blocks.0.1.running_var"], after["blocks.0.1.running_var"])
     assert not torch.equal(before["blocks.0.1.weight"], after["blocks.0.1.weight"])
+    assert not torch.equal(before["blocks.1.1.running_mean"], after["blocks.1.1.running_mean"])
 
 
 def stop_after(updates):
@@ -150,16 +158,17 @@ STOPPED_AT = [
     (3, {"ema_decay": None, "optimizer": "sgd", "layer_decay": 0.7}),
     (1, {"mode": "frozen", "mixed_precision": "bf16"}),
     (0, {"valid": None}),
+    (8, {"batch_norm": "fixed", "make": pretrained}),
 ]
 
 
 @pytest.mark.parametrize(("updates", "changes"), STOPPED_AT)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path, updates, changes):
     changes = {**changes, "train": Noisy(images())}
-    whole, parts = Assembly(), Assembly()
-    run(tmp_path / "whole", whole, **changes)
+    make = changes.pop("make", Assembly)
+    run(tmp_path / "whole", make(), **changes)
     torch.rand(7)  # whatever the caller draws in between
-    first = run(tmp_path / "parts", parts, stop=stop_after(updates), **changes)
+    first = run(tmp_path / "parts", make(), stop=stop_after(updates), **changes)
     assert (first.finished, first.steps) == (False, updates)
     second = run(tmp_path / "parts", Assembly(seed=9), resume=True, **changes)
     assert second.finished

@@ -105,7 +105,7 @@ def test_frozen_blocks_are_in_eval_mode_and_get_no_gradient():
     model = Assembly()
     everything = frozenset(name for name, _ in model.named_parameters())
     optim.set_trainable(model, frozen=True, trainable=everything)
-    optim.set_train_mode(model, frozen=True, batch_norm="train")
+    optim.set_train_mode(model, frozen=True, fixed=frozenset())
     assert not any(p.requires_grad for p in model.blocks.parameters())
     assert all(p.requires_grad for p in model.head.parameters())
     assert not any(module.training for module in model.blocks.modules())
@@ -113,13 +113,22 @@ def test_frozen_blocks_are_in_eval_mode_and_get_no_gradient():
     assert model.stitches["1"].training
     assert optim.batch_norms(model) == []
     optim.set_trainable(model, frozen=False, trainable=everything - {"head.bias"})
-    optim.set_train_mode(model, frozen=False, batch_norm="fixed")
+    optim.set_train_mode(model, frozen=False, fixed=frozenset(["blocks.0.1", "blocks.1.1"]))
     assert model.blocks[0][0].weight.requires_grad
     assert not model.head.bias.requires_grad
     assert model.blocks[1][5].training  # dropout
     assert optim.batch_norms(model) == []
-    optim.set_train_mode(model, frozen=False, batch_norm="train")
+    optim.set_train_mode(model, frozen=False, fixed=frozenset())
     assert optim.batch_norms(model) == ["blocks.0.1", "blocks.1.1"]
+
+
+def test_only_batch_norms_of_pretrained_blocks_are_fixed():
+    model = Assembly()
+    model.stitches["1"] = nn.BatchNorm2d(8)
+    model.stitches["1"].running_mean.fill_(1.0)
+    model.blocks[1][1].running_var.fill_(2.0)
+    assert optim.norms_to_fix(model, FinetuneConfig(steps=1, batch_norm="fixed")) == {"blocks.1.1"}
+    assert optim.norms_to_fix(model, FinetuneConfig(steps=1, batch_norm="train")) == frozenset()
 
 
 def test_averaged_weights_forget_the_first_ones_within_a_few_hundred_updates():
