@@ -34,6 +34,7 @@ FORMAT_VERSIONS = {
     "similarity": 1,
     "partition": 1,
     "scores": 1,
+    "latency": 1,
     "assembly": 1,
     "candidates": 1,
     "run": 1,
@@ -307,6 +308,15 @@ def write_log(path: Path, log: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
+def read_log(path: Path) -> dict[str, Any]:
+    """What ``write_log`` wrote; empty where it is gone or damaged, since nothing depends on it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Workspace:
     """Paths of a workspace folder."""
@@ -334,6 +344,10 @@ class Workspace:
     @property
     def scores(self) -> Path:
         return self.root / "scores.json"
+
+    @property
+    def latency(self) -> Path:
+        return self.root / "latency.json"
 
     def assembly(self, name: str) -> Path:
         return self.root / "assemblies" / name / "assembly.json"

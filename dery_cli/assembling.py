@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dery_cli.artifacts import Artifact, Workspace
-from dery_cli.config import AssembleConfig
-from dery_cli.core.assemble import AssemblyProblem, cross_check, n_best, solve
+from dery_cli.config import AssembleConfig, show_time
+from dery_cli.core.assemble import Assembly, AssemblyProblem, cross_check, n_best, solve
 from dery_cli.core.assemble_explain import explain
 from dery_cli.core.assemble_frontier import pareto, random_feasible
 from dery_cli.core.dissect import Dissection
@@ -29,6 +30,16 @@ from dery_cli.core.stitch import StitchFit
 from dery_cli.data import DataSet, choose_samples
 from dery_cli.embeddings import Embeddings
 from dery_cli.errors import DeryError, InfeasibleError
+from dery_cli.inference import (
+    REPEATS,
+    WARMUP,
+    MemoryCosts,
+    PartCosts,
+    compute_memory,
+    measure_latency,
+    more_resources,
+    network_memory,
+)
 from dery_cli.loading import ImageBatches
 from dery_cli.plugin import Proxy
 from dery_cli.reassembly import (
@@ -48,6 +59,9 @@ from dery_cli.reassembly import (
 from dery_cli.types import BlockRef
 from dery_cli.zoo import Zoo, load_donor
 
+Progress = Callable[[str, int], AbstractContextManager[Any]]
+"""Opens a progress bar: what is done, and in how many steps."""
+
 CBC_SECONDS = 10.0
 """Time CBC gets to confirm the exact search, which decides."""
 
@@ -65,6 +79,8 @@ class Candidate:
         params: Parameters, stitches and head included.
         flops: Multiply-adds for one image, likewise.
         program_score: The program's objective; None for a whole model.
+        latency: Nanoseconds, the sum of its parts; None where there is no such budget.
+        memory: Bytes, likewise.
     """
 
     refs: tuple[BlockRef, ...]
@@ -72,6 +88,8 @@ class Candidate:
     params: int
     flops: int
     program_score: float | None
+    latency: int | None = None
+    memory: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -110,6 +128,8 @@ class Scored:
             "params": self.candidate.params,
             "flops": self.candidate.flops,
             "program_score": self.candidate.program_score,
+            "latency_ns": self.candidate.latency,
+            "memory_bytes": self.candidate.memory,
             "proxy": self.proxy,
             "r2": [None if fit is None else fit.r2 for fit in self.fits],
         }
@@ -183,6 +203,8 @@ class Assembler:
         self.zoo, self.embeddings, self.target, self.config = zoo, embeddings, target, config
         self.blocks = placed_blocks(partition)
         self.donors = DonorPool(zoo, workspace, target.device)
+        self.latency: PartCosts | None = None
+        self.memory: MemoryCosts | None = None
         self._calibration = calibration
         self._views: dict[tuple[str, str], ImageBatches] = {}
         self._builder = NetworkBuilder(self.donors, lambda name: self._view("calibration", name))
@@ -205,6 +227,31 @@ class Assembler:
             )
         return self._views[key]
 
+    def measure_latency(self, progress: Progress) -> PartCosts:
+        """Latencies of all parts; ``latency`` must be set before a problem with such a budget."""
+        with progress("timing blocks and stitches", WARMUP + REPEATS) as bar:
+            return measure_latency(
+                self.zoo,
+                self.donors,
+                self.blocks,
+                self.target.device,
+                batch_size=self.config.latency_batch,
+                num_classes=self.target.num_classes,
+                advance=bar.advance,
+            )
+
+    def compute_memory(self, progress: Progress) -> MemoryCosts:
+        """Bytes of all parts; ``memory`` must be set before a problem with such a budget."""
+        with progress("computing memory", len(self.blocks) + len(self.zoo)) as bar:
+            return compute_memory(
+                self.zoo,
+                self.donors,
+                self.blocks,
+                batch_size=self.config.memory_batch,
+                num_classes=self.target.num_classes,
+                advance=bar.advance,
+            )
+
     def check_budget(self) -> None:
         """Refuse a budget that nothing fits, before anything is built.
 
@@ -214,7 +261,7 @@ class Assembler:
         problem = self.problem(None, joint_costs(self.blocks, self.zoo))
         wholes = self.whole_models() if self.config.whole else []
         if not wholes and n_best(problem, 1, max_seconds=self.config.max_seconds).best is None:
-            raise explain_infeasible(problem, self.zoo, self.target.num_classes, self.config)
+            raise self._infeasible(problem)
 
     def scores(self, advance: Callable[[str], None]) -> dict[str, Any]:
         """Gains and joints as the scores artifact keeps them: no budget or filter enters."""
@@ -262,6 +309,14 @@ class Assembler:
         self, gains: dict[BlockRef, float] | None, joints: dict[tuple[int, int], Joint]
     ) -> AssemblyProblem:
         """The integer program."""
+        budget = self.config.budget
+        latency = memory = None
+        if budget.max_latency is not None:
+            assert self.latency is not None
+            latency = (self.latency, budget.max_latency)
+        if budget.max_memory is not None:
+            assert self.memory is not None
+            memory = (self.memory, budget.max_memory)
         return build_problem(
             self.blocks,
             self.zoo,
@@ -269,6 +324,7 @@ class Assembler:
             gains,
             num_classes=self.target.num_classes,
             config=self.config,
+            more=more_resources(self.blocks, sorted(joints), latency, memory),
         )
 
     def candidates(self, problem: AssemblyProblem) -> tuple[list[Candidate], dict[str, Any]]:
@@ -291,24 +347,15 @@ class Assembler:
         seen: set[tuple[BlockRef, ...]] = set()
         chosen: list[Candidate] = []
         for assembly in ranked:
-            members = [self.blocks[number] for number in assembly.blocks]
-            refs = tuple(member.ref for member in members)
-            if len(merged(refs)) == 1:  # a whole model; it joins below
+            candidate = self._candidate(problem, assembly)
+            if len(merged(candidate.refs)) == 1:  # a whole model; it joins below
                 continue
-            seen.add(merged(refs))
-            chosen.append(
-                Candidate(
-                    refs=refs,
-                    sets=tuple(member.set_index for member in members),
-                    params=assembly.costs[0],
-                    flops=assembly.costs[1],
-                    program_score=assembly.score / MICRO,
-                )
-            )
+            seen.add(merged(candidate.refs))
+            chosen.append(candidate)
         wholes = self.whole_models() if self.config.whole else []
         chosen += [whole for whole in wholes if merged(whole.refs) not in seen]
         if not chosen:
-            raise explain_infeasible(problem, self.zoo, self.target.num_classes, self.config)
+            raise self._infeasible(problem)
         proof = {
             "upper_bound": None if found.upper_bound is None else found.upper_bound / MICRO,
             "optimal": found.proven,
@@ -321,30 +368,39 @@ class Assembler:
 
     def whole_models(self) -> list[Candidate]:
         """Whole donors within the budget; exempt from the set constraint."""
-        fitting = []
+        budget = self.config.budget
+        return [
+            whole
+            for whole in self._allowed_wholes()
+            if budget.admits(whole.params, whole.flops, latency=whole.latency, memory=whole.memory)
+        ]
+
+    def _allowed_wholes(self) -> list[Candidate]:
+        """Whole donors that no filter leaves out, whatever their size."""
+        found = []
         for name, donor in self.zoo.donors.items():
             if self.config.donors.reasons(donor):
                 continue
             ref = whole_model(self.zoo, name)
             cost = network_cost(self.zoo, [ref], self.target.num_classes)
-            if self.config.budget.admits(cost.params, cost.flops):
-                fitting.append(
-                    Candidate(
-                        refs=(ref,),
-                        sets=None,
-                        params=cost.params,
-                        flops=cost.flops,
-                        program_score=None,
-                    )
+            found.append(
+                Candidate(
+                    refs=(ref,),
+                    sets=None,
+                    params=cost.params,
+                    flops=cost.flops,
+                    program_score=None,
+                    latency=None if self.latency is None else self.latency.wholes[name],
+                    memory=None if self.memory is None else self.memory.weights.wholes[name],
                 )
-        return fitting
+            )
+        return found
 
-    def random_candidate(self, problem: AssemblyProblem) -> Candidate | None:
-        """A feasible assembly drawn at random: the control."""
-        generator = np.random.default_rng(self.config.seed)
-        assembly = random_feasible(problem, generator)
-        if assembly is None:
-            return None
+    def _infeasible(self, problem: AssemblyProblem) -> InfeasibleError:
+        wholes = self._allowed_wholes() if self.config.whole else []
+        return explain_infeasible(problem, wholes, self.config)
+
+    def _candidate(self, problem: AssemblyProblem, assembly: Assembly) -> Candidate:
         members = [self.blocks[number] for number in assembly.blocks]
         return Candidate(
             refs=tuple(member.ref for member in members),
@@ -352,7 +408,15 @@ class Assembler:
             params=assembly.costs[0],
             flops=assembly.costs[1],
             program_score=assembly.score / MICRO,
+            latency=problem.total("latency", assembly.costs),
+            memory=problem.total("memory", assembly.costs),
         )
+
+    def random_candidate(self, problem: AssemblyProblem) -> Candidate | None:
+        """A feasible assembly drawn at random: the control."""
+        generator = np.random.default_rng(self.config.seed)
+        assembly = random_feasible(problem, generator)
+        return None if assembly is None else self._candidate(problem, assembly)
 
     def score(self, candidate: Candidate, proxy: Proxy) -> Scored:
         """Build a candidate with closed-form stitches and ask the proxy."""
@@ -429,27 +493,36 @@ def pick(scored: Sequence[Scored]) -> Scored:
 
 
 def explain_infeasible(
-    problem: AssemblyProblem, zoo: Zoo, num_classes: int | None, config: AssembleConfig
+    problem: AssemblyProblem, wholes: Sequence[Candidate], config: AssembleConfig
 ) -> InfeasibleError:
     """The error that says which limit is broken, by how much, and what would fit."""
     reason = explain(problem, max_seconds=config.max_seconds)
     if reason is None:
         return InfeasibleError("whole models are all that fits", "allow them: leave out --no-whole")
     error = reason.to_error()
-    sizes = {
-        name: network_cost(zoo, [whole_model(zoo, name)], num_classes)
-        for name, donor in zoo.donors.items()
-        if not config.donors.reasons(donor)
-    }
-    if config.whole and sizes:
-        name = min(sizes, key=lambda each: (sizes[each].params, sizes[each].flops))
-        cost = sizes[name]
-        whole = {"donor": name, "params": cost.params, "flops": cost.flops}
+    if wholes:
+        least = min(wholes, key=lambda each: (each.params, each.flops))
+        name = least.refs[0].donor
+        whole: dict[str, Any] = {"donor": name, "params": least.params, "flops": least.flops}
+        words = f"{name} with {least.params:,} params and {least.flops:,} multiply-adds"
+        error.hint = f"{error.hint}; the smallest whole model is {words}"
         error.details = {**(error.details or {}), "smallest_whole_model": whole}
-        error.hint = (
-            f"{error.hint}; the smallest whole model is {name} with {cost.params:,} params and "
-            f"{cost.flops:,} multiply-adds"
-        )
+        if least.latency is not None:
+            fast = min(wholes, key=lambda each: (each.latency or 0, each.params))
+            error.details["fastest_whole_model"] = {
+                "donor": fast.refs[0].donor,
+                "latency_ns": fast.latency,
+            }
+            error.hint += (
+                f"; the fastest is {fast.refs[0].donor} with {show_time(fast.latency or 0)}"
+            )
+        if least.memory is not None:
+            slim = min(wholes, key=lambda each: (each.memory or 0, each.params))
+            error.details["whole_model_of_least_memory"] = {
+                "donor": slim.refs[0].donor,
+                "memory_bytes": slim.memory,
+            }
+            error.hint += f"; least memory takes {slim.refs[0].donor} with {slim.memory:,} bytes"
     return error
 
 
@@ -457,12 +530,17 @@ FRONTIER_POINTS = 24
 
 
 def frontier(assembler: Assembler, problem: AssemblyProblem) -> tuple[list[dict[str, Any]], bool]:
-    """Assemblies that no other beats in score, params and multiply-adds at once, best first.
+    """Assemblies that no other beats in score and every cost at once, best first.
+
+    The costs are params, multiply-adds and, where its budget is given, latency.
 
     Returns:
         At most ``FRONTIER_POINTS`` of them, and whether these are all.
     """
-    found = pareto(problem, max_points=FRONTIER_POINTS, max_seconds=assembler.config.max_seconds)
+    traded = [r.name for r in problem.resources if r.name in ("params", "flops", "latency")]
+    found = pareto(
+        problem, traded, max_points=FRONTIER_POINTS, max_seconds=assembler.config.max_seconds
+    )
     points = []
     for assembly in found.assemblies:
         refs = [assembler.blocks[number].ref for number in assembly.blocks]
@@ -471,6 +549,8 @@ def frontier(assembler: Assembler, problem: AssemblyProblem) -> tuple[list[dict[
                 "score": assembly.score / MICRO,
                 "params": assembly.costs[0],
                 "flops": assembly.costs[1],
+                "latency_ns": problem.total("latency", assembly.costs),
+                "memory_bytes": problem.total("memory", assembly.costs),
                 "network": " + ".join(str(ref) for ref in merged(refs)),
                 "blocks": [[ref.donor, ref.start, ref.stop] for ref in refs],
             }
@@ -478,8 +558,13 @@ def frontier(assembler: Assembler, problem: AssemblyProblem) -> tuple[list[dict[
     return points, found.complete
 
 
-def check_size(network: AssembledNetwork, candidate: Candidate, input_size: Sequence[int]) -> None:
-    """Count the built network again.
+def check_size(
+    network: AssembledNetwork,
+    candidate: Candidate,
+    input_size: Sequence[int],
+    memory_batch: int,
+) -> None:
+    """Count the built network again; its memory only where there is a budget for it.
 
     Raises:
         DeryError: It is not the size that the program promised.
@@ -494,3 +579,11 @@ def check_size(network: AssembledNetwork, candidate: Candidate, input_size: Sequ
             f"counted {candidate.params:,} and {candidate.flops:,}",
             "please report this as a bug",
         )
+    if candidate.memory is not None:
+        memory = network_memory(network, tuple(input_size), memory_batch)
+        if memory != candidate.memory:
+            raise DeryError(
+                f"the built network takes {memory:,} bytes, the program counted "
+                f"{candidate.memory:,}",
+                "please report this as a bug",
+            )

@@ -16,6 +16,8 @@ from dery_cli.types import Donor
 AUTO = "auto"
 _SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
+_TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*")
+_TIME_UNITS = {"us": 3, "ms": 6, "s": 9}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -35,6 +37,27 @@ def parse_size(text: str, option: str) -> int:
             f"{option}: '{text}' is not a positive whole count", f"accepted is {accepted}"
         )
     return int(value)
+
+
+def parse_time(text: str, option: str) -> int:
+    """``8ms`` -> 8,000,000 nanoseconds.
+
+    Raises:
+        UsageError: Not a positive number with a unit, or not whole nanoseconds.
+    """
+    match = _TIME.fullmatch(text)
+    accepted = "accepted is a positive number with us, ms or s, such as 8ms, 800us or 0.5s"
+    if match is None:
+        raise UsageError(f"{option}: '{text}' is not a time", accepted)
+    value = Decimal(match[1]).scaleb(_TIME_UNITS[match[2]])
+    if value != value.to_integral_value() or value <= 0:
+        raise UsageError(f"{option}: '{text}' is not a positive time in whole ns", accepted)
+    return int(value)
+
+
+def show_time(nanoseconds: float) -> str:
+    """A time in milliseconds, as reports write it: 8_123_456 -> ``8.123 ms``."""
+    return f"{nanoseconds / 1e6:,.3f} ms"
 
 
 def show_count(value: float) -> str:
@@ -154,12 +177,23 @@ class PartitionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Inclusive limits on parameters and multiply-adds; None where there is none."""
+    """Inclusive limits; None where there is none.
+
+    Args:
+        max_params: Parameters.
+        min_params: Parameters.
+        max_flops: Multiply-adds for one image.
+        min_flops: Multiply-adds for one image.
+        max_latency: Nanoseconds a batch.
+        max_memory: Bytes of weights and activations.
+    """
 
     max_params: int | None = None
     min_params: int | None = None
     max_flops: int | None = None
     min_flops: int | None = None
+    max_latency: int | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         for what, low, high in (
@@ -179,11 +213,13 @@ class Budget:
         min_params: str | None,
         max_flops: str | None,
         min_flops: str | None,
+        max_latency: str | None = None,
+        max_memory: str | None = None,
     ) -> Budget:
         """From the options' texts.
 
         Raises:
-            UsageError: A size that cannot be read, or a minimum above its maximum.
+            UsageError: A size or time that cannot be read, or a minimum above its maximum.
         """
 
         def read(text: str | None, option: str) -> int | None:
@@ -194,10 +230,19 @@ class Budget:
             min_params=read(min_params, "--min-params"),
             max_flops=read(max_flops, "--max-flops"),
             min_flops=read(min_flops, "--min-flops"),
+            max_latency=None if max_latency is None else parse_time(max_latency, "--max-latency"),
+            max_memory=read(max_memory, "--max-memory"),
         )
 
-    def admits(self, params: int, flops: int) -> bool:
-        """Whether a network of this size is within all limits."""
+    def admits(
+        self, params: int, flops: int, *, latency: int | None = None, memory: int | None = None
+    ) -> bool:
+        """Whether a network is within all limits; what has none need not be known."""
+        for limit, value in ((self.max_latency, latency), (self.max_memory, memory)):
+            if limit is not None:
+                assert value is not None
+                if value > limit:
+                    return False
         return (
             (self.max_params is None or params <= self.max_params)
             and (self.min_params is None or params >= self.min_params)
@@ -216,6 +261,10 @@ class Budget:
             )
             if value is not None
         ]
+        if self.max_latency is not None:
+            parts.append(f"at most {show_time(self.max_latency)}")
+        if self.max_memory is not None:
+            parts.append(f"at most {show_count(self.max_memory)} bytes of memory")
         return ", ".join(parts) or "no limit"
 
 
@@ -256,6 +305,8 @@ class AssembleConfig:
     budget: Budget = Budget()
     donors: DonorFilter = DonorFilter()
     max_donors: int | None = None
+    latency_batch: int = 1
+    memory_batch: int = 1
     data: str | None = None
     name: str = "default"
     candidates: int = 32
@@ -274,6 +325,8 @@ class AssembleConfig:
         _positive("--target-samples", self.target_samples, 8)
         if self.max_donors is not None:
             _positive("--max-donors", self.max_donors)
+        _positive("--latency-batch", self.latency_batch)
+        _positive("--memory-batch", self.memory_batch)
         _positive("--joint-weight", self.joint_weight, 0)
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
@@ -286,6 +339,8 @@ class AssembleConfig:
                 for key, value in dataclasses.asdict(self.donors).items()
             },
             "max_donors": self.max_donors,
+            "latency_batch": self.latency_batch,
+            "memory_batch": self.memory_batch,
             "data": self.data,
             "candidates": self.candidates,
             "proxy": self.proxy,

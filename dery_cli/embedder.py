@@ -10,18 +10,16 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dery_cli.artifacts import Workspace
 from dery_cli.config import EmbedConfig
+from dery_cli.core.activations import PeakBytes
 from dery_cli.core.dissect import Dissection
 from dery_cli.core.features import BatchFeatures, embed_batches, feature_specs
 from dery_cli.data import DataSet, open_data
@@ -245,7 +243,7 @@ def images_that_fit(dissection: Dissection, donor: Donor, device: torch.device) 
     the kernels is taken to be as much again.
     """
     x_NCHW = torch.zeros(1, donor.input.in_chans, *donor.input.image_size, device=device)
-    with torch.inference_mode(), _PeakBytes() as peak:
+    with torch.inference_mode(), PeakBytes() as peak:
         for _ in dissection.features(x_NCHW):
             pass
     budget = free_memory(device) // 2
@@ -268,35 +266,3 @@ def free_memory(device: torch.device) -> int:
             folder = Path("/sys/fs/cgroup")
             free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
     return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-
-
-class _PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that tensors made inside held at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._alive = 0
-        self._storages: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        self._storages.add(key)
-        self._alive += nbytes
-        self.peak = max(self.peak, self._alive)
-        weakref.finalize(storage, self._drop, key, nbytes)
-
-    def _drop(self, key: int, nbytes: int) -> None:
-        self._storages.discard(key)
-        self._alive -= nbytes

@@ -168,11 +168,21 @@ def build_problem(
     *,
     num_classes: int | None,
     config: AssembleConfig,
+    more: Sequence[Resource] = (),
 ) -> AssemblyProblem:
     """The program of Eq. 8-11 in integers.
 
     Score: the summed gains of the blocks (where there are labels) plus ``config.joint_weight``
     times the summed log max(R2, 0.01) of the joints, rounded to millionths.
+
+    Args:
+        blocks: Candidate blocks.
+        zoo: Their donors.
+        joints: Between blocks of consecutive stages, by block numbers.
+        gains: Of the blocks; None without labels.
+        num_classes: Of the head; None without one.
+        config: Budget, filters and weights.
+        more: Resources beside params and flops, edges in the order of ``sorted(joints)``.
     """
     last_stage = max(block.stage for block in blocks)
     donors = {name: number for number, name in enumerate(zoo.names())}
@@ -215,6 +225,7 @@ def build_problem(
                 minimum=budget.min_flops,
                 maximum=budget.max_flops,
             ),
+            *more,
         ),
         filters=donor_filters(blocks, zoo, config.donors),
         max_donors=config.max_donors,

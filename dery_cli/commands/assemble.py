@@ -13,6 +13,7 @@ import typer
 from dery_cli.artifacts import (
     Artifact,
     Workspace,
+    read_log,
     transaction,
     unchanged,
     write_log,
@@ -28,7 +29,7 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import AssembleConfig, Budget, DonorFilter, show_count
+from dery_cli.config import AssembleConfig, Budget, DonorFilter, show_count, show_time
 from dery_cli.data import fingerprint, open_data
 from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.plugin import PROXY_GROUP, find_proxy, plugin_names
@@ -37,10 +38,11 @@ from dery_cli.terminal import Terminal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dery_cli.assembling import Assembler, Scored
+    from dery_cli.assembling import Assembler, Candidate, Scored
     from dery_cli.core.assemble import AssemblyProblem
 
 PARTITION_HINT = "dery partition"
+LOG_FILE = "assembly.log.json"
 _UNPROVEN = "the program's optimum was not proven in the time allowed"
 
 
@@ -61,6 +63,28 @@ def assemble(
     min_flops: Annotated[
         str | None, typer.Option(metavar="SIZE", help="At least so many multiply-adds.")
     ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="At most so long a batch, on this device: 8ms, 800us, 0.5s. Blocks and stitches "
+            "are timed once and the times kept.",
+        ),
+    ] = None,
+    latency_batch: Annotated[
+        int, typer.Option("--latency-batch", help="Images a batch that --max-latency is for.")
+    ] = AssembleConfig.latency_batch,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="At most so many bytes for inference: 200M. Weights, plus the most activations "
+            "that live at once within any one block.",
+        ),
+    ] = None,
+    memory_batch: Annotated[
+        int, typer.Option("--memory-batch", help="Images a batch that --max-memory is for.")
+    ] = AssembleConfig.memory_batch,
     license_: Annotated[
         list[str] | None,
         typer.Option("--license", help="Use donors under this licence only; may be repeated."),
@@ -79,7 +103,11 @@ def assemble(
     ] = None,
     pareto: Annotated[
         bool,
-        typer.Option("--pareto", help="Print the frontier over params and multiply-adds instead."),
+        typer.Option(
+            "--pareto",
+            help="Print the frontier over params and multiply-adds instead; over latency too "
+            "where --max-latency is given.",
+        ),
     ] = False,
     require_optimal: Annotated[
         bool, typer.Option("--require-optimal", help="Exit 1 unless the program's best is proven.")
@@ -125,7 +153,12 @@ def assemble(
     """
     config = AssembleConfig(
         budget=Budget.parse(
-            max_params=max_params, min_params=min_params, max_flops=max_flops, min_flops=min_flops
+            max_params=max_params,
+            min_params=min_params,
+            max_flops=max_flops,
+            min_flops=min_flops,
+            max_latency=max_latency,
+            max_memory=max_memory,
         ),
         donors=DonorFilter(
             licenses=tuple(license_ or ()),
@@ -134,6 +167,8 @@ def assemble(
             image_size=image_size,
         ),
         max_donors=max_donors,
+        latency_batch=latency_batch,
+        memory_batch=memory_batch,
         data=data,
         name=name,
         candidates=candidates,
@@ -153,6 +188,8 @@ def assemble(
     path = space.assembly(name)
     with space.lock(terminal.note):
         assembler, record, proxy_name = _prepare(terminal, space, config, device, workers)
+        if config.budget.max_latency is not None:
+            record = _with_latency(terminal, space, assembler, record)
         if pareto:
             return _pareto(terminal, space, assembler, record)
         found = unchanged(path, record)
@@ -162,14 +199,38 @@ def assemble(
             found = _assemble(terminal, space, assembler, record, proxy_name, require_optimal)
     if require_optimal and not found.data["program"]["optimal"]:
         raise DeryError(_UNPROVEN, "raise or leave out --max-seconds")
-    return _show(terminal, path, dict(found.data), name)
+    log = read_log(path.parent / LOG_FILE)
+    return _show(terminal, path, dict(found.data), name, log.get("latency"))
+
+
+def _with_latency(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> Artifact:
+    """The record with measured latencies among its parents; they are measured or those kept."""
+    from dery_cli.inference import PartCosts, latency_options
+
+    target, config = assembler.target, assembler.config
+    weights = {f"weights/{n}": donor.weights_sha256 for n, donor in assembler.zoo.donors.items()}
+    wanted = Artifact(
+        kind="latency",
+        parents={"partition": record.parents["partition"], **weights},
+        options=latency_options(target.device, config.latency_batch, target.num_classes),
+    )
+    kept = unchanged(space.latency, wanted)
+    if kept is None:
+        costs = assembler.measure_latency(terminal.progress)
+        kept = write_record(space.latency, dataclasses.replace(wanted, data=costs.to_json()))
+    else:
+        terminal.detail("latencies are those of an earlier run")
+    assembler.latency = PartCosts.from_json(kept.data)
+    return dataclasses.replace(record, parents={**record.parents, "latency": kept.sha256})
 
 
 def _scored(
     terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
 ) -> AssemblyProblem:
     """The program, its gains and joints computed or taken from the scores artifact."""
-    parents = dict(record.parents)
+    parents = {name: sha for name, sha in record.parents.items() if name != "latency"}
     wanted = Artifact(
         kind="scores",
         parents=parents,
@@ -188,9 +249,10 @@ def _scored(
 
 
 def _pareto(terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact) -> Result:
-    """The frontier of the program's score over params and multiply-adds."""
+    """The frontier of the program's score over params, multiply-adds and perhaps latency."""
     from dery_cli.assembling import frontier
 
+    _count_memory(terminal, assembler)
     assembler.check_budget()
     problem = _scored(terminal, space, assembler, record)
     points, complete = frontier(assembler, problem)
@@ -198,13 +260,27 @@ def _pareto(terminal: Terminal, space: Workspace, assembler: Assembler, record: 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["score", "params", "flops", "network"])
-        writer.writerows([p["score"], p["params"], p["flops"], p["network"]] for p in points)
+        timed = [] if assembler.latency is None else ["latency_ns"]
+        columns = ["score", "params", "flops", *timed, "network"]
+        writer.writerow(columns)
+        writer.writerows([p[column] for column in columns] for p in points)
     terminal.table(
         f"frontier within {assembler.config.budget}",
-        ["score", "params", "multiply-adds", "network: donor[first node:last node]"],
         [
-            [f"{p['score']:.4f}", show_count(p["params"]), show_count(p["flops"]), p["network"]]
+            "score",
+            "params",
+            "multiply-adds",
+            *(["latency"] if timed else []),
+            "network: donor[first node:last node]",
+        ],
+        [
+            [
+                f"{p['score']:.4f}",
+                show_count(p["params"]),
+                show_count(p["flops"]),
+                *([show_time(p["latency_ns"])] if timed else []),
+                p["network"],
+            ]
             for p in points
         ],
     )
@@ -290,6 +366,7 @@ def _assemble(
     path = space.assembly(config.name)
     if target.labels is None:
         terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
+    _count_memory(terminal, assembler)
     assembler.check_budget()
     problem = _scored(terminal, space, assembler, record)
     found, proof = assembler.candidates(problem)
@@ -306,7 +383,9 @@ def _assemble(
     best = pick(scored)
     chosen = best.candidate
     network = assembler.finish(chosen)
-    check_size(network, chosen, target_shape := _input_shape(assembler, best))
+    target_shape = _input_shape(assembler, best)
+    check_size(network, chosen, target_shape, config.memory_batch)
+    timing = _time_whole(assembler, chosen, network, target_shape)
     rows = _comparison(assembler, problem, scored, best, proxy)
     test_top1 = next(row["test_top1"] for row in rows if row["role"] == "picked")
     data: dict[str, Any] = {
@@ -322,6 +401,8 @@ def _assemble(
         "whole": chosen.whole,
         "params": chosen.params,
         "flops": chosen.flops,
+        "latency_ns": chosen.latency,
+        "memory_bytes": chosen.memory,
         "input_shape": list(target_shape),
         "budget": str(config.budget),
         "target": target.data.spec,
@@ -350,8 +431,32 @@ def _assemble(
                 data=data,
             )
         )
-    write_log(path.parent / "assembly.log.json", {"seconds": time.monotonic() - started})
+    log = {"seconds": time.monotonic() - started, "latency": timing}
+    write_log(path.parent / LOG_FILE, log)
     return found_record
+
+
+def _count_memory(terminal: Terminal, assembler: Assembler) -> None:
+    if assembler.config.budget.max_memory is not None:
+        assembler.memory = assembler.compute_memory(terminal.progress)
+
+
+def _time_whole(
+    assembler: Assembler, chosen: Candidate, network: Any, input_shape: tuple[int, ...]
+) -> dict[str, Any] | None:
+    """The built network's own latency beside the sum of its parts; None without a budget."""
+    from dery_cli.inference import time_network
+
+    if chosen.latency is None:
+        return None
+    batch_size = assembler.config.latency_batch
+    measured = time_network(network, input_shape, assembler.target.device, batch_size)
+    return {
+        "batch_size": batch_size,
+        "sum_of_parts_ns": chosen.latency,
+        "built_network_ns": measured,
+        "additive_error": chosen.latency / measured - 1,
+    }
 
 
 def _input_shape(assembler: Assembler, best: Scored) -> tuple[int, ...]:
@@ -388,8 +493,16 @@ def _comparison(
     return rows
 
 
-def _show(terminal: Terminal, path: Path, data: dict[str, Any], name: str) -> Result:
+def _show(
+    terminal: Terminal,
+    path: Path,
+    data: dict[str, Any],
+    name: str,
+    timing: dict[str, Any] | None,
+) -> Result:
     proxy = data["proxy"]["name"]
+    timed = data["latency_ns"] is not None
+    counted = data["memory_bytes"] is not None
     terminal.table(
         f"within {data['budget']}",
         [
@@ -397,6 +510,8 @@ def _show(terminal: Terminal, path: Path, data: dict[str, Any], name: str) -> Re
             "network: donor[first node:last node]",
             "params",
             "multiply-adds",
+            *(["latency"] if timed else []),
+            *(["memory"] if counted else []),
             proxy,
             "joint R2",
             "test top-1 untrained",
@@ -407,6 +522,8 @@ def _show(terminal: Terminal, path: Path, data: dict[str, Any], name: str) -> Re
                 row["network"],
                 show_count(row["params"]),
                 show_count(row["flops"]),
+                *([show_time(row["latency_ns"])] if timed else []),
+                *([show_count(row["memory_bytes"])] if counted else []),
                 f"{row['proxy']:.4f}",
                 None if row["mean_r2"] is None else f"{row['mean_r2']:.3f}",
                 None if row["test_top1"] is None else f"{row['test_top1']:.4f}",
@@ -423,5 +540,11 @@ def _show(terminal: Terminal, path: Path, data: dict[str, Any], name: str) -> Re
         terminal.warn("time ran out before the program's optimum was proven")
     if data["network"]["classes"] is None:
         terminal.say("the target has no labels: the network ends at its pre-logits, without a head")
+    if timing is not None:
+        terminal.say(
+            f"a batch of {timing['batch_size']} takes the built network "
+            f"{show_time(timing['built_network_ns'])}; its parts sum to "
+            f"{show_time(timing['sum_of_parts_ns'])} ({timing['additive_error']:+.1%})"
+        )
     terminal.say(f"assembly '{name}' is in {path.parent}")
-    return {"assembly": name, "folder": str(path.parent), **data}
+    return {"assembly": name, "folder": str(path.parent), **data, "latency": timing}

@@ -25,6 +25,7 @@ from dery_cli.core.assemble_problem import (
     IntArray,
     Resource,
     check_limits,
+    peak_resources,
     recount,
     violations,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "n_best",
     "pareto",
+    "peak_resources",
     "random_feasible",
     "recount",
     "solve",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -22,12 +23,29 @@ _RELAX_STEPS = 12
 _LEAST_SECONDS = 1.0
 
 
+_JSON_UNITS = {"latency": "ns", "memory": "bytes", "flops": "multiply-adds"}
+
+
+def _shower(name: str) -> Callable[[int], str]:
+    """Writes a total of an option: a latency in ms, rounded up to a us, else the plain count."""
+    if name == "latency":
+        return lambda total: f"{math.ceil(total / 1000) / 1000:,.3f} ms"
+    if name == "memory":
+        return lambda total: f"{total:,} bytes"
+    return lambda total: f"{total:,}"
+
+
+def _argument(name: str, total: int) -> str:
+    """A total as the option takes it, such that the total is within."""
+    return f"{math.ceil(total / 1000) / 1000:.3f}ms" if name == "latency" else str(total)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LimitReport:
     """What one limit does.
 
     Args:
-        name: Resource.
+        name: The option's resource.
         bound: ``max`` or ``min``.
         limit: Its value.
         alone: The least (for ``max``) or greatest (``min``) total of any assembly, no other budget
@@ -61,24 +79,26 @@ class LimitReport:
         edge, way, over = (
             ("smallest", "down", "over") if self.bound == "max" else ("largest", "up", "under")
         )
-        text = f"{self.option} {self.limit:,}"
+        show = _shower(self.name)
+        text = f"{self.option} {show(self.limit)}"
         if self.alone_feasible:
-            text += f" can be kept alone ({way} to {self.alone:,})"
+            text += f" can be kept alone ({way} to {show(self.alone)})"
         else:
             off = abs(self.alone - self.limit)
-            text += f": the {edge} assembly has {self.alone:,}, {off:,} {over}"
+            text += f": the {edge} assembly has {show(self.alone)}, {show(off)} {over}"
         if self.with_rest is None and self.exact:
             text += "; without it the other limits still admit nothing"
         elif self.with_rest is None:
             text += "; without it nothing was found in the time allowed"
         elif self.alone_feasible or self.with_rest != self.alone:
-            text += f"; with the other limits the nearest is {self.with_rest:,}"
-            text += f", {self.excess:,} {over}"
+            text += f"; with the other limits the nearest is {show(self.with_rest)}"
+            text += f", {show(abs(self.with_rest - self.limit))} {over}"
         return text
 
     def to_json(self) -> dict[str, object]:
         return {
             "option": self.option,
+            "unit": _JSON_UNITS.get(self.name, self.name),
             "limit": self.limit,
             "alone_feasible": self.alone_feasible,
             "alone": self.alone,
@@ -256,26 +276,36 @@ def _explain_donors(problem: AssemblyProblem, clock: _Clock) -> Infeasibility:
 def _explain_budgets(problem: AssemblyProblem, clock: _Clock) -> Infeasibility:
     reports: list[LimitReport] = []
     nearest: list[tuple[float, int, LimitReport, Assembly]] = []
-    for index, resource in enumerate(problem.resources):
-        for bound, limit in (("max", resource.maximum), ("min", resource.minimum)):
+    free = problem.without_limits()
+    for option in dict.fromkeys(r.option for r in problem.resources):
+        members = [r for r in problem.resources if r.option == option]
+        for bound, limit in (("max", members[0].maximum), ("min", members[0].minimum)):
             if limit is None:
                 continue
-            alone = _extreme(problem.without_limits(), index, bound, clock)
-            kept = (None, resource.maximum) if bound == "min" else (resource.minimum, None)
-            rest = _extreme(problem.with_limits(**{resource.name: kept}), index, bound, clock)
+            alone = _extreme(free, option, bound, clock)
+            kept = {
+                r.name: (None, r.maximum) if bound == "min" else (r.minimum, None) for r in members
+            }
+            rest = _extreme(problem.with_limits(**kept), option, bound, clock)
             assert alone[0] is not None
             report = LimitReport(
-                name=resource.name,
+                name=option,
                 bound=bound,
                 limit=limit,
-                alone=alone[0].costs[index],
-                with_rest=None if rest[0] is None else rest[0].costs[index],
+                alone=_total(problem, option, alone[0]),
+                with_rest=None if rest[0] is None else _total(problem, option, rest[0]),
                 exact=alone[1] and rest[1],
             )
             reports.append(report)
             if rest[0] is not None and report.excess is not None:
                 nearest.append((report.excess / limit, len(nearest), report, rest[0]))
     return _budget_verdict(problem, reports, min(nearest, default=None), clock)
+
+
+def _total(problem: AssemblyProblem, option: str, assembly: Assembly) -> int:
+    total = problem.total(option, assembly.costs)
+    assert total is not None
+    return total
 
 
 def _budget_verdict(
@@ -289,7 +319,8 @@ def _budget_verdict(
     if nearest is not None:
         _, _, first, closest = nearest
         ordered = [first, *(r for r in reports if r is not first)]
-        hint = f"{first.option} {first.with_rest} fits"
+        assert first.with_rest is not None
+        hint = f"{first.option} {_argument(first.name, first.with_rest)} fits"
     else:
         ordered = sorted(reports, key=lambda r: r.alone_feasible)
         closest, hint = _relaxed(problem, clock)
@@ -333,10 +364,8 @@ def _relaxed(problem: AssemblyProblem, clock: _Clock) -> tuple[Assembly | None, 
         low, high, closest = (middle, high, closest) if found is None else (low, middle, found)
     if closest is None:
         return None, "loosen several limits at once"
-    totals = [
-        f"{total} {resource.name}"
-        for resource, total in zip(problem.resources, closest.costs, strict=True)
-    ]
+    options = dict.fromkeys(r.option for r in problem.resources)
+    totals = [f"{_argument(name, _total(problem, name, closest))} {name}" for name in options]
     return closest, f"several limits must give way: there is an assembly of {', '.join(totals)}"
 
 
@@ -354,18 +383,36 @@ def _scaled(problem: AssemblyProblem, factor: float) -> AssemblyProblem:
 
 
 def _extreme(
-    problem: AssemblyProblem, index: int, bound: str, clock: _Clock
+    problem: AssemblyProblem, option: str, bound: str, clock: _Clock
 ) -> tuple[Assembly | None, bool]:
-    """The assembly of least (``max``) or greatest (``min``) total of a resource, and if proven."""
+    """The assembly of least (``max``) or greatest (``min``) total of an option, and if proven.
+
+    Where several resources share the option its total is the largest of theirs. The least of it is
+    found by bisection: an assembly stays below a maximum if all its resources do.
+    """
+    members = [r for r in problem.resources if r.option == option]
     sign = -1 if bound == "max" else 1
-    resource = problem.resources[index]
     by_cost = dataclasses.replace(
-        problem, score_B=sign * resource.cost_B, score_E=sign * resource.cost_E
+        problem, score_B=sign * members[0].cost_B, score_E=sign * members[0].cost_E
     )
     found = n_best(by_cost, 1, max_seconds=clock.left())
     if found.best is None:
         return None, found.proven
-    return recount(problem, found.best.blocks, found.best.edges), found.proven
+    best, proven = recount(problem, found.best.blocks, found.best.edges), found.proven
+    if len(members) == 1:
+        return best, proven
+    low, high = 0, _total(problem, option, best)
+    while low + 1 < high:
+        middle = (low + high) // 2
+        limits = {r.name: (None, middle) for r in members}
+        found = n_best(by_cost.with_limits(**limits), 1, max_seconds=clock.left())
+        proven = proven and found.proven
+        if found.best is None:
+            low = middle
+        else:
+            best = recount(problem, found.best.blocks, found.best.edges)
+            high = _total(problem, option, best)
+    return best, proven
 
 
 def _subsets(count: int) -> Iterator[tuple[int, ...]]:

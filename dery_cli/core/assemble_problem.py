@@ -30,11 +30,13 @@ class Resource:
     """Something every block and stitch costs, and the inclusive limits on its sum.
 
     Args:
-        name: As in the option, ``params`` for ``--max-params``.
+        name: Tells it from the others.
         cost_B: Cost of each block, at least 0; the last stage's blocks include the target head.
         cost_E: Cost of each edge's stitch, at least 0.
         minimum: Least total allowed.
         maximum: Greatest total allowed.
+        option: As in the option, ``params`` for ``--max-params``; the name by default. Resources
+            that share one are a limit on the largest of their totals, and have maxima only.
 
     Raises:
         UsageError: A limit is not positive, or the minimum is above the maximum.
@@ -45,8 +47,10 @@ class Resource:
     cost_E: IntArray
     minimum: int | None = None
     maximum: int | None = None
+    option: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "option", self.option or self.name)
         object.__setattr__(self, "cost_B", _int_array(self.cost_B, f"{self.name} of blocks"))
         object.__setattr__(self, "cost_E", _int_array(self.cost_E, f"{self.name} of edges"))
         for what, cost in (("block", self.cost_B), ("edge", self.cost_E)):
@@ -54,13 +58,46 @@ class Resource:
                 raise UsageError(
                     f"{self.name}: {what} {int(cost.argmin())} costs {int(cost.min()):,}, below 0"
                 )
-        check_limits(self.name, self.minimum, self.maximum)
+        check_limits(self.option, self.minimum, self.maximum)
 
     def allows(self, total: int) -> bool:
         """Whether ``total`` is within both limits, to the unit."""
         return (self.minimum is None or total >= self.minimum) and (
             self.maximum is None or total <= self.maximum
         )
+
+
+def peak_resources(
+    option: str,
+    weight_B: IntArray,
+    weight_E: IntArray,
+    peak_B: IntArray,
+    stage_B: IntArray,
+    maximum: int | None,
+) -> tuple[Resource, ...]:
+    """A limit on the sum of all weights plus the largest single block's peak, as K resources.
+
+    An assembly has one block of each stage, so its largest peak fits beside the weights if and only
+    if every stage's does, and each of these K statements is a sum over blocks and edges.
+
+    Args:
+        option: Name of the option they share.
+        weight_B: What each block adds to the sum.
+        weight_E: What each edge's stitch adds.
+        peak_B: Each block's peak.
+        stage_B: 0-based stage of each block.
+        maximum: Of the sum plus the largest peak.
+    """
+    return tuple(
+        Resource(
+            name=f"{option} at stage {stage + 1}",
+            cost_B=weight_B + np.where(stage_B == stage, peak_B, 0),
+            cost_E=weight_E,
+            maximum=maximum,
+            option=option,
+        )
+        for stage in range(int(stage_B.max()) + 1)
+    )
 
 
 def check_limits(name: str, minimum: int | None, maximum: int | None) -> None:
@@ -193,6 +230,11 @@ class AssemblyProblem:
         for block_filter in self.filters:
             allowed_B = allowed_B & block_filter.allowed_B
         return allowed_B
+
+    def total(self, option: str, costs: Sequence[int]) -> int | None:
+        """Of an assembly's costs what counts against an option; None where there is none."""
+        found = [c for r, c in zip(self.resources, costs, strict=True) if r.option == option]
+        return max(found, default=None)
 
     def with_limits(self, **limits: tuple[int | None, int | None]) -> AssemblyProblem:
         """The same problem with other (minimum, maximum) of the named resources."""

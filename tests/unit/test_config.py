@@ -11,7 +11,9 @@ from dery_cli.config import (
     PartitionConfig,
     check_name,
     parse_size,
+    parse_time,
     show_count,
+    show_time,
 )
 from dery_cli.errors import UsageError
 
@@ -47,6 +49,48 @@ def test_a_wrong_size_says_what_is_accepted(text):
 )
 def test_counts_are_shown_as_they_are_read(count, text):
     assert show_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "nanoseconds"),
+    [
+        ("8ms", 8_000_000),
+        ("0.5s", 500_000_000),
+        ("800us", 800_000),
+        (" 1.5 ms ", 1_500_000),
+        (".25s", 250_000_000),
+        ("8.123456ms", 8_123_456),
+    ],
+)
+def test_times_are_read_as_people_write_them(text, nanoseconds):
+    assert parse_time(text, "--max-latency") == nanoseconds
+
+
+@pytest.mark.parametrize("text", ["8", "", "ms", "8m", "-1ms", "0ms", "1e3ms", "0.1234us", "8 MS"])
+def test_a_wrong_time_says_what_is_accepted(text):
+    with pytest.raises(UsageError, match="--max-latency") as caught:
+        parse_time(text, "--max-latency")
+    assert "8ms, 800us or 0.5s" in caught.value.hint
+
+
+def test_times_are_shown_in_milliseconds():
+    assert show_time(8_123_456) == "8.123 ms"
+    assert show_time(1_234_000_000) == "1,234.000 ms"
+
+
+def test_budgets_of_latency_and_memory():
+    budget = Budget.parse(
+        max_params=None,
+        min_params=None,
+        max_flops=None,
+        min_flops=None,
+        max_latency="8ms",
+        max_memory="200M",
+    )
+    assert budget.admits(1, 1, latency=8_000_000, memory=200_000_000)
+    assert not budget.admits(1, 1, latency=8_000_001, memory=1)
+    assert not budget.admits(1, 1, latency=1, memory=200_000_001)
+    assert str(budget) == "at most 8.000 ms, at most 200.00M bytes of memory"
 
 
 def test_budgets():

@@ -33,6 +33,7 @@ LAYERS = [
         "similarity_store",
         "assembly_store",
         "reassembly",
+        "inference",
         "model_card",
         "assembling",
         "training",

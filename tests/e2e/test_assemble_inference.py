@@ -1,0 +1,153 @@
+"""``dery assemble`` with budgets for latency and memory."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+
+import pytest
+
+from dery_cli import assembling
+from tests.e2e.conftest import edit_json
+
+FEW = ("--candidates", "2")
+
+
+def test_a_latency_budget(copied, tmp_path):
+    root = tmp_path / "ws"
+    outcome = copied("assemble", "--max-latency", "2s", "--name", "fast", *FEW, "--json")
+    assert outcome.code == 0, outcome.stderr
+    result = outcome.json["result"]
+    latencies = json.loads((root / "latency.json").read_text())
+    assert latencies["format"] == "dery/latency"
+    assert latencies["version"] == 1
+    assert set(latencies["options"]) >= {"device", "batch_size", "threads", "repeats"}
+    partition = json.loads((root / "partition.json").read_text())
+    assert latencies["parents"]["partition"] == partition["sha256"]
+    assert sum(name.startswith("weights/") for name in latencies["parents"]) == 5
+    # every number is a time, and every block, the last ones too, has one
+    blocks = {tuple(entry[:3]): entry[3] for entry in latencies["data"]["blocks"]}
+    places = [
+        (donor["donor"], *cut)
+        for donor in partition["data"]["donors"]
+        for cut in itertools.pairwise(donor["cuts"])
+        if donor["sets"]
+    ]
+    assert set(blocks) == set(places)
+    assert all(ns > 1000 for ns in blocks.values())
+    # an assembly's latency is the sum of its parts
+    stitches = {tuple(entry[:4]): entry[4] for entry in latencies["data"]["stitches"]}
+    for row in result["comparison"]:
+        if row["whole"]:
+            wanted = latencies["data"]["wholes"][row["blocks"][0][0]]
+        else:
+            refs = [tuple(block) for block in row["blocks"]]
+            wanted = sum(blocks[ref] for ref in refs)
+            for before, after in itertools.pairwise(refs):
+                if (before[0], before[2]) != (after[0], after[1]):
+                    wanted += stitches[before[0], before[2], after[0], after[1]]
+        assert row["latency_ns"] == wanted
+    # what was timed of the whole is printed and logged, not hashed
+    record = json.loads((root / "assemblies" / "fast" / "assembly.json").read_text())
+    assert record["parents"]["latency"] == latencies["sha256"]
+    assert "built_network_ns" not in json.dumps(record)
+    log = json.loads((root / "assemblies" / "fast" / "assembly.log.json").read_text())["latency"]
+    assert log == result["latency"]
+    assert log["sum_of_parts_ns"] == result["latency_ns"]
+    error = log["sum_of_parts_ns"] / log["built_network_ns"] - 1
+    assert log["additive_error"] == pytest.approx(error)
+
+    # again: the times are kept, the assembly is up to date, the additive error still shown
+    before = (root / "latency.json").read_bytes()
+    line = ("assemble", "--max-latency", "2000ms", "--name", "fast", *FEW, "-v")
+    outcome = copied(*line)
+    assert outcome.code == 0
+    assert "latencies are those of an earlier run" in outcome.stderr
+    assert "is up to date" in outcome.stdout
+    assert "its parts sum to" in outcome.stdout
+    assert (root / "latency.json").read_bytes() == before
+    # damaged: measured again, and the assembly that hung on them is made anew
+    edit_json(root / "latency.json", lambda d: d["data"]["wholes"].clear())
+    outcome = copied(*line)
+    assert outcome.code == 0
+    assert "is up to date" not in outcome.stdout
+    assert json.loads((root / "latency.json").read_text())["data"]["wholes"]
+
+    # the frontier has a column for it, and the scores were not made anew for any of this
+    outcome = copied("assemble", "--pareto", "--max-latency", "2s", "--name", "front", "-v")
+    assert outcome.code == 0
+    assert "gains and joints are those of an earlier run" in outcome.stderr
+    with (root / "assemblies" / "front" / "pareto.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    cells = [tuple(int(row[key]) for key in ("params", "flops", "latency_ns")) for row in rows]
+    scores = [float(row["score"]) for row in rows]
+    assert len(rows) > 1
+    for i, one in enumerate(cells):
+        for j, other in enumerate(cells):
+            no_worse = all(a <= b for a, b in zip(other, one, strict=True))
+            assert i == j or not (scores[j] >= scores[i] and no_worse)
+
+    # infeasible: said in ms, and what is offered fits
+    outcome = copied("assemble", "--max-latency", "10us", "--json")
+    assert outcome.code == 3
+    error = outcome.json["error"]
+    assert "--max-latency 0.010 ms: the smallest assembly has " in error["message"]
+    assert "the fastest is demo__" in error["hint"]
+    offered = error["hint"].split()[1]
+    outcome = copied("assemble", "--max-latency", offered, "--pareto", "--json")
+    assert outcome.code == 0
+    assert outcome.json["result"]["frontier"]
+
+
+def test_a_latency_budget_holds_for_whole_models_too(copied, tmp_path):
+    assert copied("assemble", "--pareto", "--max-latency", "2s").code == 0
+    data = json.loads((tmp_path / "ws" / "latency.json").read_text())["data"]
+    budget = sorted(data["wholes"].values())[1]  # the two fastest, to the nanosecond
+    line = ("assemble", "--max-latency", f"{budget / 1e6:.6f}ms", "--json", *FEW)
+    outcome = copied(*line)
+    assert outcome.code == 0, outcome.stderr
+    path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
+    listed = json.loads(path.read_text())["candidates"]
+    wholes = {entry["blocks"][0][0] for entry in listed if entry["whole"]}
+    assert wholes == {name for name, ns in data["wholes"].items() if ns <= budget}
+    assert all(entry["latency_ns"] <= budget for entry in listed)
+
+
+def test_a_memory_budget(copied, monkeypatch):
+    outcome = copied("assemble", "--max-memory", "1k", "--json")
+    assert outcome.code == 3
+    error = outcome.json["error"]
+    assert "--max-memory 1,000 bytes: the smallest assembly has " in error["message"]
+    least = int(error["hint"].split()[1])
+    # what is offered fits to the byte; one byte less does not
+    line = ("assemble", "--no-whole", "--json", *FEW)
+    outcome = copied(*line, "--max-memory", str(least))
+    assert outcome.code == 0, outcome.stderr
+    result = outcome.json["result"]
+    assert result["memory_bytes"] == least
+    assert least > 4 * result["params"]
+    assert copied(*line, "--max-memory", str(least - 1)).code == 3
+    # a larger batch needs more, for activations only
+    assert copied(*line, "--max-memory", str(least), "--memory-batch", "8").code == 3
+    # the built network is counted again
+    monkeypatch.setattr(assembling, "network_memory", lambda *_: least - 4)
+    outcome = copied(*line, "--max-memory", str(least), "--name", "wrong")
+    assert outcome.code == 1
+    assert "the program counted" in outcome.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--max-latency", "8"), "'8' is not a time"),
+        (("--max-latency", "0ms"), "not a positive time"),
+        (("--max-memory", "0"), "not a positive whole count"),
+        (("--latency-batch", "0"), "--latency-batch is 0"),
+        (("--memory-batch", "0"), "--memory-batch is 0"),
+    ],
+)
+def test_bad_values(dery, words, said):
+    outcome = dery("assemble", *words, "--json")
+    assert outcome.code == 2
+    assert said in outcome.json["error"]["message"]
