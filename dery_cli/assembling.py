@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from dery_cli.artifacts import Artifact, Workspace
+from dery_cli.candidates import Candidate, Scored
 from dery_cli.config import AssembleConfig, show_time
 from dery_cli.core.assemble import Assembly, AssemblyProblem, cross_check, n_best, solve
 from dery_cli.core.assemble_explain import explain
 from dery_cli.core.assemble_frontier import pareto, random_feasible
-from dery_cli.core.dissect import Dissection
 from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
 from dery_cli.core.proxies import ProxyInputs, pre_logits
 from dery_cli.core.ridge import fit_classifier
-from dery_cli.core.stitch import StitchFit
-from dery_cli.data import DataSet, choose_samples
+from dery_cli.data import DataSet
 from dery_cli.embeddings import Embeddings
 from dery_cli.errors import DeryError, InfeasibleError
 from dery_cli.inference import (
@@ -48,7 +47,6 @@ from dery_cli.reassembly import (
     PlacedBlock,
     boundary_nodes,
     build_problem,
-    geometric_mean,
     joint_costs,
     merged,
     network_cost,
@@ -56,8 +54,9 @@ from dery_cli.reassembly import (
     score_joints,
     whole_model,
 )
+from dery_cli.target import DonorPool, Target
 from dery_cli.types import BlockRef
-from dery_cli.zoo import Zoo, load_donor
+from dery_cli.zoo import Zoo
 
 Progress = Callable[[str, int], AbstractContextManager[Any]]
 """Opens a progress bar: what is done, and in how many steps."""
@@ -67,115 +66,6 @@ CBC_SECONDS = 10.0
 
 CBC_EDGES = 4000
 """Above so many edges CBC is given those that the search's bounds left."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A network that may be picked.
-
-    Args:
-        refs: Its blocks in order.
-        sets: Equivalence set of each block; None for a whole model.
-        params: Parameters, stitches and head included.
-        flops: Multiply-adds for one image, likewise.
-        program_score: The program's objective; None for a whole model.
-        latency: Nanoseconds, the sum of its parts; None where there is no such budget.
-        memory: Bytes, likewise.
-    """
-
-    refs: tuple[BlockRef, ...]
-    sets: tuple[int, ...] | None
-    params: int
-    flops: int
-    program_score: float | None
-    latency: int | None = None
-    memory: int | None = None
-
-    @property
-    def whole(self) -> bool:
-        return self.sets is None
-
-    def __str__(self) -> str:
-        if self.whole:
-            return f"whole {self.refs[0].donor}"
-        return " + ".join(str(ref) for ref in merged(self.refs))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scored:
-    """A built candidate.
-
-    Args:
-        candidate: What was built.
-        proxy: Its proxy's score.
-        fits: Of the stitches.
-    """
-
-    candidate: Candidate
-    proxy: float
-    fits: tuple[StitchFit | None, ...]
-
-    @property
-    def r2(self) -> float | None:
-        """Geometric mean of the stitches' cross-validated R2."""
-        return geometric_mean([fit.r2 for fit in self.fits if fit is not None])
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "network": str(self.candidate),
-            "whole": self.candidate.whole,
-            "blocks": [[ref.donor, ref.start, ref.stop] for ref in self.candidate.refs],
-            "params": self.candidate.params,
-            "flops": self.candidate.flops,
-            "program_score": self.candidate.program_score,
-            "latency_ns": self.candidate.latency,
-            "memory_bytes": self.candidate.memory,
-            "proxy": self.proxy,
-            "r2": [None if fit is None else fit.r2 for fit in self.fits],
-        }
-
-
-class DonorPool:
-    """Donors built and dissected on one device, each when it is first asked for."""
-
-    def __init__(self, zoo: Zoo, workspace: Workspace, device: torch.device) -> None:
-        self._zoo, self._workspace, self._device = zoo, workspace, device
-        self._loaded: dict[str, Dissection] = {}
-
-    def __getitem__(self, name: str) -> Dissection:
-        if name not in self._loaded:
-            self._loaded[name] = load_donor(self._zoo[name], self._workspace, device=self._device)
-        return self._loaded[name]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """The target images as every donor sees them.
-
-    Args:
-        data: The data set.
-        indices: Training images that things are fitted and chosen on.
-        crop: Field of view.
-        batch_size: Images a batch.
-        device: Where the batches go.
-        workers: Processes that decode.
-    """
-
-    data: DataSet
-    indices: tuple[int, ...]
-    crop: float
-    batch_size: int
-    device: torch.device
-    workers: int
-
-    @property
-    def labels(self) -> list[int] | None:
-        labels = self.data.train.labels
-        return None if labels is None else [int(labels[i]) for i in self.indices]
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.data.classes is None else len(self.data.classes)
 
 
 class Assembler:
@@ -475,21 +365,6 @@ def placed_blocks(partition: Artifact) -> list[PlacedBlock]:
             ref = BlockRef(donor["donor"], donor["cuts"][stage], donor["cuts"][stage + 1])
             blocks.append(PlacedBlock(ref=ref, stage=stage, set_index=index))
     return sorted(blocks, key=lambda block: (block.stage, block.ref))
-
-
-def choose_target(data: DataSet, samples: int, seed: int) -> tuple[int, ...]:
-    """The target's training images that heads and probes are fitted on, in order."""
-    return tuple(sorted(choose_samples(len(data.train), samples, seed)))
-
-
-def pick(scored: Sequence[Scored]) -> Scored:
-    """The best by proxy; ties go to the smaller network, then to the first by name."""
-
-    def order(entry: Scored) -> tuple[float, int, int, str]:
-        candidate = entry.candidate
-        return (-entry.proxy, candidate.params, candidate.flops, str(candidate))
-
-    return min(scored, key=order)
 
 
 def explain_infeasible(

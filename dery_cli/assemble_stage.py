@@ -1,0 +1,319 @@
+"""The assemble stage with its artifacts: what ``dery assemble`` runs once its options are right."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import time
+from typing import Any
+
+from dery_cli.artifacts import (
+    Artifact,
+    Workspace,
+    read_record,
+    transaction,
+    unchanged,
+    write_log,
+    write_record,
+)
+from dery_cli.assembling import Assembler, check_size, frontier
+from dery_cli.assembly_store import MODEL_FILE, describe_network, licences, save_network
+from dery_cli.candidates import Candidate, Scored, pick
+from dery_cli.config import AssembleConfig, show_count, show_time
+from dery_cli.core.assemble import AssemblyProblem
+from dery_cli.data import fingerprint, open_data
+from dery_cli.embeddings import embed_command, read_embeddings
+from dery_cli.errors import DeryError, StaleError, UsageError
+from dery_cli.inference import PartCosts, latency_options, time_network
+from dery_cli.loading import pick_device
+from dery_cli.model_card import model_card
+from dery_cli.plugin import find_proxy
+from dery_cli.similarity_store import require_similarity
+from dery_cli.target import Target, choose_target
+from dery_cli.terminal import Terminal
+from dery_cli.zoo import require_zoo
+
+PARTITION_HINT = "dery partition"
+LOG_FILE = "assembly.log.json"
+UNPROVEN = "the program's optimum was not proven in the time allowed"
+
+
+def with_latency(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> Artifact:
+    """The record with measured latencies among its parents; they are measured or those kept."""
+    target, config = assembler.target, assembler.config
+    weights = {f"weights/{n}": donor.weights_sha256 for n, donor in assembler.zoo.donors.items()}
+    wanted = Artifact(
+        kind="latency",
+        parents={"partition": record.parents["partition"], **weights},
+        options=latency_options(target.device, config.latency_batch, target.num_classes),
+    )
+    kept = unchanged(space.latency, wanted)
+    if kept is None:
+        costs = assembler.measure_latency(terminal.progress)
+        kept = write_record(space.latency, dataclasses.replace(wanted, data=costs.to_json()))
+    else:
+        terminal.detail("latencies are those of an earlier run")
+    assembler.latency = PartCosts.from_json(kept.data)
+    return dataclasses.replace(record, parents={**record.parents, "latency": kept.sha256})
+
+
+def _scored(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> AssemblyProblem:
+    """The program, its gains and joints computed or taken from the scores artifact."""
+    parents = {name: sha for name, sha in record.parents.items() if name != "latency"}
+    wanted = Artifact(
+        kind="scores",
+        parents=parents,
+        options={"target_samples": record.options["target_samples"]},
+        seed=record.seed,
+    )
+    found = unchanged(space.scores, wanted)
+    if found is None:
+        count = len(assembler.zoo) * (assembler.target.labels is not None)
+        with terminal.progress("scoring blocks", count + len(assembler.blocks)) as bar:
+            data = assembler.scores(lambda phase: bar.update(bar.done + 1, phase))
+        found = write_record(space.scores, dataclasses.replace(wanted, data=data))
+    else:
+        terminal.detail("gains and joints are those of an earlier run")
+    return assembler.problem_of(found.data)
+
+
+def show_frontier(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> dict[str, Any]:
+    """The frontier of the program's score over params, multiply-adds and perhaps latency."""
+    _count_memory(terminal, assembler)
+    assembler.check_budget()
+    problem = _scored(terminal, space, assembler, record)
+    points, complete = frontier(assembler, problem)
+    path = space.assembly(assembler.config.name).parent / "pareto.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        timed = [] if assembler.latency is None else ["latency_ns"]
+        columns = ["score", "params", "flops", *timed, "network"]
+        writer.writerow(columns)
+        writer.writerows([p[column] for column in columns] for p in points)
+    terminal.table(
+        f"frontier within {assembler.config.budget}",
+        [
+            "score",
+            "params",
+            "multiply-adds",
+            *(["latency"] if timed else []),
+            "network: donor[first node:last node]",
+        ],
+        [
+            [
+                f"{p['score']:.4f}",
+                show_count(p["params"]),
+                show_count(p["flops"]),
+                *([show_time(p["latency_ns"])] if timed else []),
+                p["network"],
+            ]
+            for p in points
+        ],
+    )
+    if not complete:
+        terminal.say(f"the {len(points)} shown are spread over the budgets; there are more")
+    terminal.say(f"written to {path}")
+    return {"frontier": points, "complete": complete, "file": str(path)}
+
+
+def prepare(
+    terminal: Terminal, space: Workspace, config: AssembleConfig, device: str | None, workers: int
+) -> tuple[Assembler, Artifact, str]:
+    """Check the stages before, open the target, and say what the record will be."""
+    zoo = require_zoo(space)
+    embeddings = read_embeddings(space, zoo)
+    zoo = embeddings.zoo
+    for warning in embeddings.warnings:
+        terminal.warn(warning)
+    partition = read_record(
+        space.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
+    )
+    stored = require_similarity(space, embeddings, partition.options["metric"])
+    if partition.parents["similarity"] != stored.record.sha256:
+        raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
+    calibration = open_data(embeddings.calibration.spec)
+    now = fingerprint(calibration.train, embeddings.calibration.indices)
+    if now != embeddings.calibration.digest:
+        raise StaleError(
+            f"the images of {embeddings.calibration.spec} changed since dery embed",
+            embed_command(dict(embeddings.options), embeddings.seed),
+        )
+    target_data = calibration if config.data is None else open_data(config.data)
+    indices = choose_target(target_data, config.target_samples, config.seed)
+    proxy_name = config.proxy or ("naswot" if target_data.classes is None else "probe")
+    if proxy_name == "probe" and target_data.classes is None:
+        raise UsageError(
+            f"--proxy probe needs labels, which {target_data.spec} has not",
+            "--data with class folders, or --proxy naswot",
+        )
+    target = Target(
+        data=target_data,
+        indices=indices,
+        crop=embeddings.calibration.crop,
+        batch_size=embeddings.calibration.batch_size,
+        device=pick_device(device),
+        workers=workers,
+    )
+    record = Artifact(
+        kind="assembly",
+        parents={
+            "partition": partition.sha256,
+            "target": fingerprint(target_data.train, indices),
+            **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
+        },
+        options={**config.options(), "data": target_data.spec, "proxy": proxy_name},
+        seed=config.seed,
+    )
+    assembler = Assembler(space, zoo, embeddings, calibration, partition, target, config)
+    return assembler, record, proxy_name
+
+
+def build_assembly(
+    terminal: Terminal,
+    space: Workspace,
+    assembler: Assembler,
+    record: Artifact,
+    proxy_name: str,
+    require_optimal: bool,
+) -> Artifact:
+    """Rank, build, score and pick; write the pick and what it was compared with.
+
+    Raises:
+        InfeasibleError: Nothing is within the budget.
+        DeryError: The optimum is not proven though ``require_optimal`` asks for it, or the built
+            network is not the size that the program promised.
+    """
+    started = time.monotonic()
+    config, target = assembler.config, assembler.target
+    path = space.assembly(config.name)
+    if target.labels is None:
+        terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
+    _count_memory(terminal, assembler)
+    assembler.check_budget()
+    problem = _scored(terminal, space, assembler, record)
+    found, proof = assembler.candidates(problem)
+    if not proof["solver_agrees"]:
+        terminal.warn(f"CBC and the exact search disagree; the search counts: {proof['agreement']}")
+    if require_optimal and not proof["optimal"]:
+        raise DeryError(UNPROVEN, "raise or leave out --max-seconds")
+    proxy = find_proxy(proxy_name)
+    scored: list[Scored] = []
+    with terminal.progress("building candidates", len(found)) as bar:
+        for candidate in found:
+            scored.append(assembler.score(candidate, proxy))
+            bar.advance()
+    best = pick(scored)
+    chosen = best.candidate
+    network = assembler.finish(chosen)
+    target_shape = _input_shape(assembler, best)
+    check_size(network, chosen, target_shape, config.memory_batch)
+    timing = _time_whole(assembler, chosen, network, target_shape)
+    rows = _comparison(assembler, problem, scored, best, proxy)
+    test_top1 = next(row["test_top1"] for row in rows if row["role"] == "picked")
+    data: dict[str, Any] = {
+        "network": describe_network(
+            assembler.zoo,
+            chosen.refs,
+            best.fits,
+            classes=target.data.classes,
+            crop=target.crop,
+            sets=chosen.sets,
+        ),
+        "name": str(chosen),
+        "whole": chosen.whole,
+        "params": chosen.params,
+        "flops": chosen.flops,
+        "latency_ns": chosen.latency,
+        "memory_bytes": chosen.memory,
+        "input_shape": list(target_shape),
+        "budget": str(config.budget),
+        "target": target.data.spec,
+        "proxy": {"name": proxy_name, "score": best.proxy},
+        "program": {**proof, "score": chosen.program_score},
+        "licenses": licences(assembler.zoo, chosen.refs),
+        "comparison": rows,
+        "test_top1": test_top1,
+    }
+    ordered = sorted(scored, key=lambda entry: -entry.proxy)
+    listing = {
+        "schema": "dery/candidates/1",
+        "proxy": proxy_name,
+        "candidates": [entry.to_json() for entry in ordered],
+    }
+    with transaction(path) as work:
+        save_network(work.path(MODEL_FILE), network)
+        work.write_text("candidates.json", json.dumps(listing, indent=1) + "\n")
+        work.write_text("README.md", model_card(config.name, data))
+        found_record = work.commit(
+            Artifact(
+                kind="assembly",
+                parents=record.parents,
+                options=record.options,
+                seed=record.seed,
+                data=data,
+            )
+        )
+    log = {"seconds": time.monotonic() - started, "latency": timing}
+    write_log(path.parent / LOG_FILE, log)
+    return found_record
+
+
+def _count_memory(terminal: Terminal, assembler: Assembler) -> None:
+    if assembler.config.budget.max_memory is not None:
+        assembler.memory = assembler.compute_memory(terminal.progress)
+
+
+def _time_whole(
+    assembler: Assembler, chosen: Candidate, network: Any, input_shape: tuple[int, ...]
+) -> dict[str, Any] | None:
+    """The built network's own latency beside the sum of its parts; None without a budget."""
+    if chosen.latency is None:
+        return None
+    batch_size = assembler.config.latency_batch
+    measured = time_network(network, input_shape, assembler.target.device, batch_size)
+    return {
+        "batch_size": batch_size,
+        "sum_of_parts_ns": chosen.latency,
+        "built_network_ns": measured,
+        "additive_error": chosen.latency / measured - 1,
+    }
+
+
+def _input_shape(assembler: Assembler, best: Scored) -> tuple[int, ...]:
+    spec = assembler.zoo[best.candidate.refs[0].donor].input
+    return (spec.in_chans, *spec.image_size)
+
+
+def _comparison(
+    assembler: Assembler, problem: Any, scored: list[Scored], best: Scored, proxy: Any
+) -> list[dict[str, Any]]:
+    """The pick beside the best whole model, a random assembly, and the largest candidate."""
+    entries = [("picked", best)]
+    wholes = [entry for entry in scored if entry.candidate.whole]
+    if wholes:
+        entries.append(("best whole model", pick(wholes)))
+    drawn = assembler.random_candidate(problem)
+    if drawn is not None:
+        entries.append(("random assembly", assembler.score(drawn, proxy)))
+    entries.append(("most params", max(scored, key=lambda entry: entry.candidate.params)))
+    rows = []
+    for role, entry in entries:
+        donor = entry.candidate.refs[0].donor
+        network = assembler.finish(entry.candidate)
+        rows.append(
+            {
+                "role": role,
+                **entry.to_json(),
+                "mean_r2": entry.r2,
+                "test_top1": assembler.test_accuracy(network, donor),
+            }
+        )
+    return rows

@@ -1,0 +1,60 @@
+"""What an assembly is made for and of: the target's images, and the donors that are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from dery_cli.artifacts import Workspace
+from dery_cli.core.dissect import Dissection
+from dery_cli.data import DataSet, choose_samples
+from dery_cli.zoo import Zoo, load_donor
+
+
+class DonorPool:
+    """Donors built and dissected on one device, each when it is first asked for."""
+
+    def __init__(self, zoo: Zoo, workspace: Workspace, device: torch.device) -> None:
+        self._zoo, self._workspace, self._device = zoo, workspace, device
+        self._loaded: dict[str, Dissection] = {}
+
+    def __getitem__(self, name: str) -> Dissection:
+        if name not in self._loaded:
+            self._loaded[name] = load_donor(self._zoo[name], self._workspace, device=self._device)
+        return self._loaded[name]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """The target images as every donor sees them.
+
+    Args:
+        data: The data set.
+        indices: Training images that things are fitted and chosen on.
+        crop: Field of view.
+        batch_size: Images a batch.
+        device: Where the batches go.
+        workers: Processes that decode.
+    """
+
+    data: DataSet
+    indices: tuple[int, ...]
+    crop: float
+    batch_size: int
+    device: torch.device
+    workers: int
+
+    @property
+    def labels(self) -> list[int] | None:
+        labels = self.data.train.labels
+        return None if labels is None else [int(labels[i]) for i in self.indices]
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.data.classes is None else len(self.data.classes)
+
+
+def choose_target(data: DataSet, samples: int, seed: int) -> tuple[int, ...]:
+    """The target's training images that heads and probes are fitted on, in order."""
+    return tuple(sorted(choose_samples(len(data.train), samples, seed)))
