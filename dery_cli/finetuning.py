@@ -121,12 +121,14 @@ class Splits:
         valid: Chosen on; None where nothing is held out.
         test: Reported on; None where there are none.
         digest: Hash of the training images and the split.
+        valid_fraction: Share held out to choose on.
     """
 
     train: Dataset[Any]
     valid: Dataset[Any] | None
     test: Dataset[Any] | None
     digest: str
+    valid_fraction: float
 
 
 def make_splits(
@@ -154,6 +156,7 @@ def make_splits(
         valid=as_dataset(ImageDataset(data.train, transform, held_out)) if held_out else None,
         test=None if data.test is None else as_dataset(ImageDataset(data.test, transform)),
         digest=fingerprint(data.train, [*kept, *held_out]),
+        valid_fraction=valid_fraction,
     )
 
 

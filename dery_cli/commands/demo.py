@@ -52,7 +52,7 @@ def demo(
     run("sim")
     run("partition")
     assembled = run(f"assemble --max-params {max_params}")
-    tune = f"finetune --steps {steps} --valid-fraction 0"
+    tune = f"finetune --steps {steps}"
     rows = [_row("assembly", run(f"{tune} --name assembly"), run.seconds)]
     whole = next((r for r in assembled["comparison"] if r["role"] == "best whole model"), None)
     if whole is not None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from dery_cli.finetuning import Splits, Start
     from dery_cli.training.progress import FinetuneResult, Progress
 
+MIN_IMAGES_TO_CHOOSE_ON = 1000
+
 
 @command
 def finetune(
@@ -86,12 +88,13 @@ def finetune(
         int | None, typer.Option("--randaugment", help="Magnitude of RandAugment, 0 to 10.")
     ] = None,
     valid_fraction: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--valid-fraction",
-            help="Share of the training images the best weights are chosen on; 0 keeps the last.",
+            help="Share of the training images the best weights are chosen on; 0 keeps the last. "
+            f"By default 0.2, and 0 below {MIN_IMAGES_TO_CHOOSE_ON} images.",
         ),
-    ] = 0.2,
+    ] = None,
     mixed_precision: Annotated[
         str | None, typer.Option("--mixed-precision", help="no, fp16 or bf16.")
     ] = None,
@@ -105,7 +108,8 @@ def finetune(
 ) -> Result:
     """Fine-tune on the target's training images, and report on its test images.
 
-    The best weights are chosen on a split of the training images. Checkpoints are written as it
+    The best weights are chosen on a split of the training images, or, where these are few, the last
+    ones are kept. Checkpoints are written as it
     goes; --resume continues to the numbers of an uninterrupted run.
     """
     config = make_config(
@@ -127,7 +131,7 @@ def finetune(
         seed=seed,
         workers=workers,
     )
-    if not 0 <= valid_fraction < 1:
+    if valid_fraction is not None and not 0 <= valid_fraction < 1:
         raise UsageError(f"--valid-fraction is {valid_fraction}; it must be in [0, 1)")
     if donor is not None and scratch:
         raise UsageError("--donor and --scratch exclude each other")
@@ -137,7 +141,7 @@ def finetune(
 
     from dery_cli.finetuning import run_artifact
 
-    extra = {"valid_fraction": valid_fraction, "start": start.name}
+    extra = {"valid_fraction": splits.valid_fraction, "start": start.name}
     record = run_artifact(start, splits, config, extra)
     path = space.run(run_name) / "run.json"
     found = None if resume else unchanged(path, record)
@@ -155,7 +159,7 @@ def _prepare(
     scratch: bool,
     data: str | None,
     config: FinetuneConfig,
-    valid_fraction: float,
+    valid_fraction: float | None,
     device: str | None,
 ) -> tuple[Start, Splits]:
     from dery_cli.finetuning import make_splits, start_from_assembly, start_from_donor
@@ -171,6 +175,8 @@ def _prepare(
             )
         dataset = open_data(data)
         start = start_from_donor(space, donor, dataset, DEFAULT_CROP, pick_device(device))
+    if valid_fraction is None:  # the best of a few dozen images is a lottery
+        valid_fraction = 0.2 if len(dataset.train) >= MIN_IMAGES_TO_CHOOSE_ON else 0.0
     return start, make_splits(dataset, start, config, valid_fraction)
 
 

@@ -165,13 +165,18 @@ def geometry(shape: tuple[int, ...], companion: torch.Tensor | None) -> Geometry
         return None
     pos = companion[0]
     if len(shape) == 4:
-        if shape[2:] == (1, 1) or (_is_raster(pos[0]) and bool((pos == pos[:1]).all())):
+        if shape[2:] == (1, 1) or (_is_raster(pos[0]) and _constant(pos, 0)):
             return Geometry(Layout.NCHW, (shape[2], shape[3]))
-        if _is_raster(pos[..., 0]) and bool((pos == pos[..., :1]).all()):
+        if _is_raster(pos[..., 0]) and _constant(pos, 2):
             return Geometry(Layout.NHWC, (shape[1], shape[2]))
-    if len(shape) == 3 and bool((pos == pos[:, :1]).all()):
+    if len(shape) == 3 and _constant(pos, 1):
         return _tokens(pos[:, 0])
     return None
+
+
+def _constant(pos: torch.Tensor, dim: int) -> bool:
+    """Whether all elements along ``dim`` come from the same place, as those of one feature do."""
+    return pos.stride(dim) == 0 or bool((pos == pos.narrow(dim, 0, 1)).all())
 
 
 def _tokens(pos_L: torch.Tensor) -> Geometry | None:

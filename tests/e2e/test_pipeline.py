@@ -246,6 +246,13 @@ def test_frozen_mode_moves_stitches_and_head_only(copied, tmp_path):
         assert same == name.startswith("blocks."), name
 
 
+def test_few_images_are_all_trained_on(copied):
+    outcome = copied("finetune", "--steps", "2", "--name", "few", "--json")
+    assert outcome.code == 0
+    assert "valid_top1" not in outcome.json["result"]["best"]
+    assert outcome.json["result"]["best"]["epochs"] == pytest.approx(2 * 64 / 300)
+
+
 def test_a_rerun_is_skipped_and_changes_nothing(pipeline):
     before = snapshot(pipeline.root)
     for line in STAGES.values():
