@@ -76,6 +76,13 @@ def finetune(
     warmup: Annotated[
         float | None, typer.Option("--warmup", help="Share of the updates with a rising rate.")
     ] = None,
+    batch_norm: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-norm",
+            help="train, or fixed: blocks keep the statistics they were pretrained with.",
+        ),
+    ] = None,
     label_smoothing: Annotated[
         float | None, typer.Option("--label-smoothing", help="Probability spread over all classes.")
     ] = None,
@@ -122,6 +129,7 @@ def finetune(
         block_lr_scale=block_lr_scale,
         weight_decay=weight_decay,
         warmup=warmup,
+        batch_norm=batch_norm,
         label_smoothing=label_smoothing,
         ema_decay=ema_decay,
         mixup=mixup,

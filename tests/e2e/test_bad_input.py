@@ -41,6 +41,7 @@ from tests.e2e.conftest import edit_json, snapshot
         ("embed --data demo --dtype int8", "--dtype is 'int8'", "fp16, fp32"),
         ("embed --data demo --crop 2", "--crop is 2.0", None),
         ("finetune --mode half", "mode is 'half'", "frozen, full"),
+        ("finetune --batch-norm none", "batch_norm is 'none'", "train, fixed"),
         ("finetune --recipe papr", "no recipe is called 'papr'", "paper"),
         ("finetune --epochs 2 --steps 3", "give either epochs or steps", None),
         ("finetune --valid-fraction 1.5", "--valid-fraction is 1.5", None),
