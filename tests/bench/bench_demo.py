@@ -3,7 +3,7 @@
 One fine-tuning differs from the next by a point or so; this prints the mean and the range over
 seeds. Reference: the best whole donor under the same budget.
 
-    python tests/bench/bench_demo.py [--seeds 3] [--steps 150] [--lr 1e-3 3e-3]
+    python tests/bench/bench_demo.py [--seeds 3] [--steps 150] [--lr 1e-3 3e-3] [--batch-norm fixed]
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", default="150")
     parser.add_argument("--lr", nargs="+", default=["1e-3"])
+    parser.add_argument("--batch-norm", default="train")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         space = ["--workspace", folder]
@@ -62,6 +63,8 @@ def main() -> None:
                         args.steps,
                         "--lr",
                         lr,
+                        "--batch-norm",
+                        args.batch_norm,
                         "--valid-fraction",
                         "0",
                         "--seed",
