@@ -90,7 +90,8 @@ class Finish:
 
 def _borrow(block: nn.Module, model: nn.Module, steps: Sequence[Step]) -> None:
     """Hang the donor's modules and tensors that ``steps`` use into ``block`` under their names."""
-    whole = {step.path for step in steps if step.target is None and step.start >= 0}
+    # a dict, not a set: the order of parameters, and with it every sum over them, must be fixed
+    whole = dict.fromkeys(step.path for step in steps if step.target is None and step.start >= 0)
     for path in sorted(whole, key=lambda p: p.count(".")):
         if not any(path.startswith(f"{other}.") for other in whole if other != path):
             parent, _, name = path.rpartition(".")

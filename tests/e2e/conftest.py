@@ -32,12 +32,15 @@ class Pipeline:
     results: dict[str, dict[str, Any]]
 
 
+def stage_lines() -> dict[str, list[str]]:
+    """Every stage's words."""
+    lines = {"zoo add": ["zoo", "add", *(f"demo/{name}" for name in DONORS)]}
+    return lines | {name: line.split() for name, line in STAGES.items()}
+
+
 def run_stages(root: Path) -> Pipeline:
-    specs = [f"demo/{name}" for name in DONORS]
     results = {}
-    lines = {"zoo add": ["zoo", "add", *specs]}
-    lines |= {name: line.split() for name, line in STAGES.items()}
-    for name, words in lines.items():
+    for name, words in stage_lines().items():
         outcome = run_dery(*words, "--workspace", str(root), "--json")
         assert outcome.code == 0, f"{name}: {outcome.stderr}"
         results[name] = outcome.json["result"]
