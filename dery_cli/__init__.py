@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dery_cli.core.network import AssembledNetwork, NetworkBuilder
     from dery_cli.core.partition import Partition, PartitionProblem, partition
     from dery_cli.core.similarity import similarity
-    from dery_cli.core.stitch import Stitch, fit_stitch
+    from dery_cli.core.stitch import Stitch
+    from dery_cli.core.stitch_fit import fit_stitch
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _HOMES = {
     "PartitionProblem": "dery_cli.core.partition",
     "Stitch": "dery_cli.core.stitch",
     "dissect": "dery_cli.core.dissect",
-    "fit_stitch": "dery_cli.core.stitch",
+    "fit_stitch": "dery_cli.core.stitch_fit",
     "load_assembly": "dery_cli.assembly_store",
     "partition": "dery_cli.core.partition",
     "similarity": "dery_cli.core.similarity",

@@ -35,9 +35,9 @@ FORMAT_VERSIONS = {
     "partition": 1,
     "scores": 1,
     "latency": 1,
-    "assembly": 1,
+    "assembly": 2,
     "candidates": 1,
-    "run": 1,
+    "run": 2,
 }
 _LIBRARIES = ("dery-cli", "numpy", "safetensors", "timm", "torch", "torchvision")
 

@@ -17,20 +17,21 @@ from dery_cli.artifacts import (
     write_log,
     write_record,
 )
-from dery_cli.assembling import Assembler, check_size, frontier
+from dery_cli.assembling import Assembler, frontier
 from dery_cli.assembly_store import MODEL_FILE, describe_network, licences, save_network
 from dery_cli.candidates import Candidate, Scored, pick
 from dery_cli.config import AssembleConfig, show_count, show_time
 from dery_cli.core.assemble import AssemblyProblem
-from dery_cli.data import fingerprint, open_data
-from dery_cli.embeddings import embed_command, read_embeddings
+from dery_cli.data import DataSet, fingerprint, open_checked
+from dery_cli.embeddings import Embeddings, embed_command, read_embeddings
 from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.inference import PartCosts, latency_options, time_network
 from dery_cli.loading import pick_device
+from dery_cli.making import check_size
 from dery_cli.model_card import model_card
 from dery_cli.plugin import find_proxy
 from dery_cli.similarity_store import require_similarity
-from dery_cli.target import Target, choose_target
+from dery_cli.target import Target, choose_fit, choose_target
 from dery_cli.terminal import Terminal
 from dery_cli.zoo import require_zoo
 
@@ -48,7 +49,9 @@ def with_latency(
     wanted = Artifact(
         kind="latency",
         parents={"partition": record.parents["partition"], **weights},
-        options=latency_options(target.device, config.latency_batch, target.num_classes),
+        options=latency_options(
+            target.device, assembler.stitch, config.latency_batch, target.num_classes
+        ),
     )
     kept = unchanged(space.latency, wanted)
     if kept is None:
@@ -139,14 +142,10 @@ def prepare(
     stored = require_similarity(space, embeddings, partition.options["metric"])
     if partition.parents["similarity"] != stored.record.sha256:
         raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
-    calibration = open_data(embeddings.calibration.spec)
-    now = fingerprint(calibration.train, embeddings.calibration.indices)
-    if now != embeddings.calibration.digest:
-        raise StaleError(
-            f"the images of {embeddings.calibration.spec} changed since dery embed",
-            embed_command(dict(embeddings.options), embeddings.seed),
-        )
-    target_data = calibration if config.data is None else open_data(config.data)
+    if config.data is None:
+        target_data = _calibration(terminal, embeddings, config.skip_bad)
+    else:
+        target_data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
     indices = choose_target(target_data, config.target_samples, config.seed)
     proxy_name = config.proxy or ("naswot" if target_data.classes is None else "probe")
     if proxy_name == "probe" and target_data.classes is None:
@@ -157,6 +156,7 @@ def prepare(
     target = Target(
         data=target_data,
         indices=indices,
+        fit_indices=choose_fit(indices, config.fit_samples, config.seed),
         crop=embeddings.calibration.crop,
         batch_size=embeddings.calibration.batch_size,
         device=pick_device(device),
@@ -169,11 +169,28 @@ def prepare(
             "target": fingerprint(target_data.train, indices),
             **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
         },
-        options={**config.options(), "data": target_data.spec, "proxy": proxy_name},
+        options={
+            **config.options(),
+            "data": target_data.spec,
+            "skip_bad": target_data.skip_bad,
+            "proxy": proxy_name,
+        },
         seed=config.seed,
     )
-    assembler = Assembler(space, zoo, embeddings, calibration, partition, target, config)
+    assembler = Assembler(space, zoo, embeddings, partition, target, config)
     return assembler, record, proxy_name
+
+
+def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:
+    """The data that were embedded, which must be what they were."""
+    used = embeddings.calibration
+    data = open_checked(terminal, used.spec, skip_bad=skip_bad or used.skip_bad)
+    if fingerprint(data.train, used.indices) != used.digest:
+        raise StaleError(
+            f"the images of {used.spec} changed since dery embed",
+            embed_command(dict(embeddings.options), embeddings.seed),
+        )
+    return data
 
 
 def build_assembly(
@@ -208,21 +225,23 @@ def build_assembly(
     scored: list[Scored] = []
     with terminal.progress("building candidates", len(found)) as bar:
         for candidate in found:
-            scored.append(assembler.score(candidate, proxy))
+            scored.append(assembler.maker.score(candidate, proxy))
             bar.advance()
     best = pick(scored)
     chosen = best.candidate
-    network = assembler.finish(chosen)
+    compared = _compared(assembler, problem, scored, best, proxy)
+    built = assembler.maker.finish(chosen)
+    network = built.network
     target_shape = _input_shape(assembler, best)
     check_size(network, chosen, target_shape, config.memory_batch)
     timing = _time_whole(assembler, chosen, network, target_shape)
-    rows = _comparison(assembler, problem, scored, best, proxy)
+    rows = [_row(assembler, role, entry) for role, entry in compared]
     test_top1 = next(row["test_top1"] for row in rows if row["role"] == "picked")
     data: dict[str, Any] = {
         "network": describe_network(
             assembler.zoo,
             chosen.refs,
-            best.fits,
+            built.fits,
             classes=target.data.classes,
             crop=target.crop,
             sets=chosen.sets,
@@ -236,6 +255,8 @@ def build_assembly(
         "input_shape": list(target_shape),
         "budget": str(config.budget),
         "target": target.data.spec,
+        "target_skip_bad": target.data.skip_bad,
+        "match": None if built.match is None else dataclasses.asdict(built.match),
         "proxy": {"name": proxy_name, "score": best.proxy},
         "program": {**proof, "score": chosen.program_score},
         "licenses": licences(assembler.zoo, chosen.refs),
@@ -292,9 +313,9 @@ def _input_shape(assembler: Assembler, best: Scored) -> tuple[int, ...]:
     return (spec.in_chans, *spec.image_size)
 
 
-def _comparison(
+def _compared(
     assembler: Assembler, problem: Any, scored: list[Scored], best: Scored, proxy: Any
-) -> list[dict[str, Any]]:
+) -> list[tuple[str, Scored]]:
     """The pick beside the best whole model, a random assembly, and the largest candidate."""
     entries = [("picked", best)]
     wholes = [entry for entry in scored if entry.candidate.whole]
@@ -302,18 +323,17 @@ def _comparison(
         entries.append(("best whole model", pick(wholes)))
     drawn = assembler.random_candidate(problem)
     if drawn is not None:
-        entries.append(("random assembly", assembler.score(drawn, proxy)))
+        entries.append(("random assembly", assembler.maker.score(drawn, proxy)))
     entries.append(("most params", max(scored, key=lambda entry: entry.candidate.params)))
-    rows = []
-    for role, entry in entries:
-        donor = entry.candidate.refs[0].donor
-        network = assembler.finish(entry.candidate)
-        rows.append(
-            {
-                "role": role,
-                **entry.to_json(),
-                "mean_r2": entry.r2,
-                "test_top1": assembler.test_accuracy(network, donor),
-            }
-        )
-    return rows
+    return entries
+
+
+def _row(assembler: Assembler, role: str, entry: Scored) -> dict[str, Any]:
+    built = assembler.maker.finish(entry.candidate)
+    donor = entry.candidate.refs[0].donor
+    return {
+        "role": role,
+        **entry.to_json(),
+        "mean_r2": entry.r2,
+        "test_top1": assembler.maker.test_accuracy(built.network, donor),
+    }

@@ -7,28 +7,21 @@ stitches; a training-free proxy of the finished network decides.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dery_cli.artifacts import Artifact, Workspace
-from dery_cli.candidates import Candidate, Scored
+from dery_cli.candidates import Candidate
 from dery_cli.config import AssembleConfig, show_time
 from dery_cli.core.assemble import Assembly, AssemblyProblem, cross_check, n_best, solve
 from dery_cli.core.assemble_explain import explain
 from dery_cli.core.assemble_frontier import pareto, random_feasible
-from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
-from dery_cli.core.proxies import ProxyInputs, pre_logits
-from dery_cli.core.ridge import fit_classifier
-from dery_cli.data import DataSet
 from dery_cli.embeddings import Embeddings
-from dery_cli.errors import DeryError, InfeasibleError
+from dery_cli.errors import InfeasibleError
 from dery_cli.inference import (
     REPEATS,
     WARMUP,
@@ -37,10 +30,8 @@ from dery_cli.inference import (
     compute_memory,
     measure_latency,
     more_resources,
-    network_memory,
 )
-from dery_cli.loading import ImageBatches
-from dery_cli.plugin import Proxy
+from dery_cli.making import NetworkMaker
 from dery_cli.reassembly import (
     MICRO,
     Joint,
@@ -49,13 +40,13 @@ from dery_cli.reassembly import (
     build_problem,
     joint_costs,
     merged,
-    network_cost,
     probe_nodes,
     score_joints,
+    whole_cost,
     whole_model,
 )
 from dery_cli.target import DonorPool, Target
-from dery_cli.types import BlockRef
+from dery_cli.types import BlockRef, StitchKind
 from dery_cli.zoo import Zoo
 
 Progress = Callable[[str, int], AbstractContextManager[Any]]
@@ -85,7 +76,6 @@ class Assembler:
         workspace: Workspace,
         zoo: Zoo,
         embeddings: Embeddings,
-        calibration: DataSet,
         partition: Artifact,
         target: Target,
         config: AssembleConfig,
@@ -95,27 +85,8 @@ class Assembler:
         self.donors = DonorPool(zoo, workspace, target.device)
         self.latency: PartCosts | None = None
         self.memory: MemoryCosts | None = None
-        self._calibration = calibration
-        self._views: dict[tuple[str, str], ImageBatches] = {}
-        self._builder = NetworkBuilder(self.donors, lambda name: self._view("calibration", name))
-
-    def _view(self, which: str, donor: str) -> ImageBatches:
-        """Images as a donor sees them, decoded once."""
-        key = (which, donor)
-        if key not in self._views:
-            calibration = which == "calibration"
-            indices = self.embeddings.calibration.indices[: self.config.fit_samples]
-            self._views[key] = ImageBatches(
-                self._calibration.train if calibration else self.target.data.train,
-                indices if calibration else self.target.indices,
-                self.zoo[donor].input,
-                crop=self.target.crop,
-                batch_size=self.target.batch_size,
-                device=self.target.device,
-                workers=self.target.workers,
-                keep=True,
-            )
-        return self._views[key]
+        self.stitch = StitchKind(config.stitch)
+        self.maker = NetworkMaker(zoo, self.donors, target, config)
 
     def measure_latency(self, progress: Progress) -> PartCosts:
         """Latencies of all parts; ``latency`` must be set before a problem with such a budget."""
@@ -125,6 +96,7 @@ class Assembler:
                 self.donors,
                 self.blocks,
                 self.target.device,
+                kind=self.stitch,
                 batch_size=self.config.latency_batch,
                 num_classes=self.target.num_classes,
                 advance=bar.advance,
@@ -137,6 +109,7 @@ class Assembler:
                 self.zoo,
                 self.donors,
                 self.blocks,
+                kind=self.stitch,
                 batch_size=self.config.memory_batch,
                 num_classes=self.target.num_classes,
                 advance=bar.advance,
@@ -148,7 +121,7 @@ class Assembler:
         Raises:
             InfeasibleError: No assembly and no whole model is within it.
         """
-        problem = self.problem(None, joint_costs(self.blocks, self.zoo))
+        problem = self.problem(None, joint_costs(self.blocks, self.zoo, self.stitch))
         wholes = self.whole_models() if self.config.whole else []
         if not wholes and n_best(problem, 1, max_seconds=self.config.max_seconds).best is None:
             raise self._infeasible(problem)
@@ -161,7 +134,7 @@ class Assembler:
             "gains": None
             if gains is None
             else [[b.ref.donor, b.ref.start, b.ref.stop, gains[b.ref]] for b in self.blocks],
-            "joints": [[*pair, joint.r2] for pair, joint in sorted(joints.items())],
+            "joints": [[*pair, r2] for pair, r2 in sorted(joints.items())],
         }
 
     def problem_of(self, scores: Mapping[str, Any]) -> AssemblyProblem:
@@ -169,7 +142,7 @@ class Assembler:
         gains = None
         if scores["gains"] is not None:
             gains = {BlockRef(*entry[:3]): float(entry[3]) for entry in scores["gains"]}
-        joints = joint_costs(self.blocks, self.zoo)
+        joints = joint_costs(self.blocks, self.zoo, self.stitch)
         for before, after, r2 in scores["joints"]:
             joints[before, after] = dataclasses.replace(joints[before, after], r2=r2)
         return self.problem(gains, joints)
@@ -181,7 +154,7 @@ class Assembler:
             return None
         accuracy: dict[tuple[str, int], float] = {}
         for donor, nodes in boundary_nodes(self.blocks).items():
-            batches = iter(self._view("target", donor))
+            batches = iter(self.maker.view(donor))
             found = probe_nodes(self.donors[donor], nodes, batches, labels, num_classes)
             accuracy.update({(donor, node): q for node, q in found.items()})
             accuracy[donor, 0] = 1 / num_classes
@@ -191,8 +164,8 @@ class Assembler:
             for b in self.blocks
         }
 
-    def joints(self, advance: Callable[[], None]) -> dict[tuple[int, int], Joint]:
-        """R2 and cost of every joint."""
+    def joints(self, advance: Callable[[], None]) -> dict[tuple[int, int], float]:
+        """R2 of every joint."""
         return score_joints(self.blocks, self.embeddings, advance)
 
     def problem(
@@ -272,7 +245,7 @@ class Assembler:
             if self.config.donors.reasons(donor):
                 continue
             ref = whole_model(self.zoo, name)
-            cost = network_cost(self.zoo, [ref], self.target.num_classes)
+            cost = whole_cost(self.zoo, name, self.target.num_classes)
             found.append(
                 Candidate(
                     refs=(ref,),
@@ -308,54 +281,6 @@ class Assembler:
         assembly = random_feasible(problem, generator)
         return None if assembly is None else self._candidate(problem, assembly)
 
-    def score(self, candidate: Candidate, proxy: Proxy) -> Scored:
-        """Build a candidate with closed-form stitches and ask the proxy."""
-        built = self._builder.build(candidate.refs)
-        batches = self._view("target", candidate.refs[0].donor)
-        value = proxy(
-            ProxyInputs(
-                network=built.network,
-                batches=lambda: iter(batches),
-                labels=self.target.labels,
-                num_classes=self.target.num_classes,
-            )
-        )
-        return Scored(candidate=candidate, proxy=float(value), fits=built.fits)
-
-    def finish(self, candidate: Candidate) -> AssembledNetwork:
-        """The candidate as a network of its own, with a closed-form head where there are labels."""
-        network = copy.deepcopy(self._builder.build(candidate.refs).network)
-        labels, num_classes = self.target.labels, self.target.num_classes
-        if labels is not None and num_classes is not None:
-            batches = self._view("target", candidate.refs[0].donor)
-            x_NC = pre_logits(network, batches)
-            classifier = fit_classifier(x_NC, torch.tensor(labels), num_classes)
-            network.head = linear_head(classifier).to(self.target.device)
-        return network.eval()
-
-    def test_accuracy(self, network: AssembledNetwork, donor: str) -> float | None:
-        """Top-1 on the test images, which nothing was chosen on; None where there are none."""
-        test = self.target.data.test
-        if test is None or test.labels is None or network.head is None:
-            return None
-        batches = ImageBatches(
-            test,
-            range(len(test)),
-            self.zoo[donor].input,
-            crop=self.target.crop,
-            batch_size=self.target.batch_size,
-            device=self.target.device,
-            workers=self.target.workers,
-        )
-        return accuracy(network, batches, test.labels)
-
-
-def accuracy(network: AssembledNetwork, batches: Iterable[Tensor], labels: Sequence[int]) -> float:
-    """Top-1 accuracy of a network's logits."""
-    with torch.inference_mode():
-        guess = torch.cat([network(x).argmax(1).cpu() for x in batches])
-    return float((guess == torch.tensor(list(labels))).double().mean())
-
 
 def placed_blocks(partition: Artifact) -> list[PlacedBlock]:
     """The partition's blocks, stage by stage, donors in order."""
@@ -365,40 +290,6 @@ def placed_blocks(partition: Artifact) -> list[PlacedBlock]:
             ref = BlockRef(donor["donor"], donor["cuts"][stage], donor["cuts"][stage + 1])
             blocks.append(PlacedBlock(ref=ref, stage=stage, set_index=index))
     return sorted(blocks, key=lambda block: (block.stage, block.ref))
-
-
-def explain_infeasible(
-    problem: AssemblyProblem, wholes: Sequence[Candidate], config: AssembleConfig
-) -> InfeasibleError:
-    """The error that says which limit is broken, by how much, and what would fit."""
-    reason = explain(problem, max_seconds=config.max_seconds)
-    if reason is None:
-        return InfeasibleError("whole models are all that fits", "allow them: leave out --no-whole")
-    error = reason.to_error()
-    if wholes:
-        least = min(wholes, key=lambda each: (each.params, each.flops))
-        name = least.refs[0].donor
-        whole: dict[str, Any] = {"donor": name, "params": least.params, "flops": least.flops}
-        words = f"{name} with {least.params:,} params and {least.flops:,} multiply-adds"
-        error.hint = f"{error.hint}; the smallest whole model is {words}"
-        error.details = {**(error.details or {}), "smallest_whole_model": whole}
-        if least.latency is not None:
-            fast = min(wholes, key=lambda each: (each.latency or 0, each.params))
-            error.details["fastest_whole_model"] = {
-                "donor": fast.refs[0].donor,
-                "latency_ns": fast.latency,
-            }
-            error.hint += (
-                f"; the fastest is {fast.refs[0].donor} with {show_time(fast.latency or 0)}"
-            )
-        if least.memory is not None:
-            slim = min(wholes, key=lambda each: (each.memory or 0, each.params))
-            error.details["whole_model_of_least_memory"] = {
-                "donor": slim.refs[0].donor,
-                "memory_bytes": slim.memory,
-            }
-            error.hint += f"; least memory takes {slim.refs[0].donor} with {slim.memory:,} bytes"
-    return error
 
 
 FRONTIER_POINTS = 24
@@ -433,32 +324,35 @@ def frontier(assembler: Assembler, problem: AssemblyProblem) -> tuple[list[dict[
     return points, found.complete
 
 
-def check_size(
-    network: AssembledNetwork,
-    candidate: Candidate,
-    input_size: Sequence[int],
-    memory_batch: int,
-) -> None:
-    """Count the built network again; its memory only where there is a budget for it.
-
-    Raises:
-        DeryError: It is not the size that the program promised.
-    """
-    from dery_cli.core.cost import count_flops, count_params
-
-    params = count_params(network)
-    flops = count_flops(network, torch.zeros(1, *input_size))
-    if (params, flops) != (candidate.params, candidate.flops):
-        raise DeryError(
-            f"the built network has {params:,} params and {flops:,} multiply-adds, the program "
-            f"counted {candidate.params:,} and {candidate.flops:,}",
-            "please report this as a bug",
-        )
-    if candidate.memory is not None:
-        memory = network_memory(network, tuple(input_size), memory_batch)
-        if memory != candidate.memory:
-            raise DeryError(
-                f"the built network takes {memory:,} bytes, the program counted "
-                f"{candidate.memory:,}",
-                "please report this as a bug",
+def explain_infeasible(
+    problem: AssemblyProblem, wholes: Sequence[Candidate], config: AssembleConfig
+) -> InfeasibleError:
+    """The error that says which limit is broken, by how much, and what would fit."""
+    reason = explain(problem, max_seconds=config.max_seconds)
+    if reason is None:
+        return InfeasibleError("whole models are all that fits", "allow them: leave out --no-whole")
+    error = reason.to_error()
+    if wholes:
+        least = min(wholes, key=lambda each: (each.params, each.flops))
+        name = least.refs[0].donor
+        whole: dict[str, Any] = {"donor": name, "params": least.params, "flops": least.flops}
+        words = f"{name} with {least.params:,} params and {least.flops:,} multiply-adds"
+        error.hint = f"{error.hint}; the smallest whole model is {words}"
+        error.details = {**(error.details or {}), "smallest_whole_model": whole}
+        if least.latency is not None:
+            fast = min(wholes, key=lambda each: (each.latency or 0, each.params))
+            error.details["fastest_whole_model"] = {
+                "donor": fast.refs[0].donor,
+                "latency_ns": fast.latency,
+            }
+            error.hint += (
+                f"; the fastest is {fast.refs[0].donor} with {show_time(fast.latency or 0)}"
             )
+        if least.memory is not None:
+            slim = min(wholes, key=lambda each: (each.memory or 0, each.params))
+            error.details["whole_model_of_least_memory"] = {
+                "donor": slim.refs[0].donor,
+                "memory_bytes": slim.memory,
+            }
+            error.hint += f"; least memory takes {slim.refs[0].donor} with {slim.memory:,} bytes"
+    return error

@@ -19,10 +19,11 @@ from torch import nn
 
 from dery_cli.artifacts import Artifact, check_files, read_record
 from dery_cli.core.network import AssembledNetwork
-from dery_cli.core.stitch import Stitch, StitchFit
+from dery_cli.core.stitch import Stitch
+from dery_cli.core.stitch_fit import StitchFit
 from dery_cli.data import EvalTransform
 from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.types import BlockRef, Donor, InputSpec, Node
+from dery_cli.types import BlockRef, Donor, InputSpec, Node, StitchKind
 from dery_cli.zoo import Zoo, build_model, dissect_donor, parse_spec, resolve
 
 ASSEMBLE_HINT = "dery assemble --max-params SIZE --max-flops SIZE"
@@ -76,7 +77,9 @@ def describe_network(
             {
                 "source": zoo[before.donor].anatomy.nodes[before.stop].to_json(),
                 "target": zoo[after.donor].anatomy.nodes[after.start].to_json(),
+                "stitch": str(fit.kind),
                 "r2": fit.r2,
+                "class_weight": fit.class_weight,
                 "prefix_r2": fit.prefix_r2,
             }
         )
@@ -105,7 +108,11 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
             stitches.append(
                 None
                 if joint is None
-                else Stitch(Node.from_json(joint["source"]), Node.from_json(joint["target"]))
+                else Stitch(
+                    Node.from_json(joint["source"]),
+                    Node.from_json(joint["target"]),
+                    StitchKind(joint["stitch"]),
+                )
             )
         network = AssembledNetwork(blocks, stitches)
         classes = description["classes"]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dery_cli.core.stitch import StitchFit
+from dery_cli.core.stitch_fit import StitchFit
 from dery_cli.reassembly import geometric_mean, merged
 from dery_cli.types import BlockRef
 
@@ -60,7 +60,9 @@ class Scored:
     @property
     def r2(self) -> float | None:
         """Geometric mean of the stitches' cross-validated R2."""
-        return geometric_mean([fit.r2 for fit in self.fits if fit is not None])
+        return geometric_mean(
+            [fit.r2 for fit in self.fits if fit is not None and fit.r2 is not None]
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -22,6 +22,7 @@ from dery_cli.commands.partition import partition
 from dery_cli.commands.sim import sim
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
+from dery_cli.launcher import is_follower
 from dery_cli.terminal import current_terminal
 
 SCHEMA = "dery/1"
@@ -88,7 +89,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _run(args: Sequence[str]) -> int:
-    wants_json = "--json" in args
+    wants_json = "--json" in args and not is_follower()
     name = _command_name(args)
     result: Any = None
     error: dict[str, Any] | None = None

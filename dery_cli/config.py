@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, ClassVar
 
 from dery_cli.errors import UsageError
-from dery_cli.types import Donor
+from dery_cli.types import Donor, StitchKind
 
 AUTO = "auto"
 _SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
@@ -98,6 +98,7 @@ class EmbedConfig:
     Args:
         batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
             among its options, and the size it came to among its data.
+        skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
     """
 
     data: str
@@ -107,6 +108,7 @@ class EmbedConfig:
     batch_size: int | str = 64
     dtype: str = "fp16"
     crop: float = 0.95
+    skip_bad: bool = False
     seed: int = 0
     workers: int = 0
 
@@ -137,6 +139,7 @@ class EmbedConfig:
             "batch_size": self.batch_size,
             "dtype": self.dtype,
             "crop": self.crop,
+            "skip_bad": self.skip_bad,
         }
 
 
@@ -308,10 +311,13 @@ class AssembleConfig:
     latency_batch: int = 1
     memory_batch: int = 1
     data: str | None = None
+    skip_bad: bool = False
     name: str = "default"
     candidates: int = 32
     proxy: str | None = None
     joint_weight: float = 0.1
+    stitch: str = "linear"
+    match: bool = False
     whole: bool = True
     fit_samples: int = 512
     target_samples: int = 2048
@@ -328,6 +334,7 @@ class AssembleConfig:
         _positive("--latency-batch", self.latency_batch)
         _positive("--memory-batch", self.memory_batch)
         _positive("--joint-weight", self.joint_weight, 0)
+        _one_of("--stitch", self.stitch, tuple(StitchKind))
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
 
@@ -342,9 +349,12 @@ class AssembleConfig:
             "latency_batch": self.latency_batch,
             "memory_batch": self.memory_batch,
             "data": self.data,
+            "skip_bad": self.skip_bad,
             "candidates": self.candidates,
             "proxy": self.proxy,
             "joint_weight": self.joint_weight,
+            "stitch": self.stitch,
+            "match": self.match,
             "whole": self.whole,
             "fit_samples": self.fit_samples,
             "target_samples": self.target_samples,

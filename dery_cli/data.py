@@ -15,25 +15,47 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.plugin import DATA_GROUP, DataPlugin, ImageSplit, find_plugin
+from dery_cli.plugin import DATA_GROUP, DataPlugin, ImageSplit, find_plugin, plugin_names
+from dery_cli.splits import (
+    UNREADABLE,
+    FolderSplit,
+    Screen,
+    Sieve,
+    Subset,
+    image_digest,
+    image_name,
+    read_image,
+    unreadable,
+)
 from dery_cli.types import InputSpec
 
 if TYPE_CHECKING:
     import torch
 
+    from dery_cli.terminal import Terminal
+
 DEFAULT_CROP = 0.95
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of an EXIF orientation upright."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,86 +63,57 @@ class DataSet:
     """An opened data spec.
 
     Args:
-        spec: What the user typed; a folder is kept as its resolved path.
+        spec: What the user typed; folders are kept as resolved paths.
         classes: Class names in label order; None where the images have no labels.
         train: The images things are fitted and chosen on.
         test: Held-out images that are only reported on, or None where there are none.
+        left_out: What a screen left out of each split it was given, in the order of the calls.
     """
 
     spec: str
     classes: tuple[str, ...] | None
     train: ImageSplit
     test: ImageSplit | None
+    left_out: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def skip_bad(self) -> bool:
+        """Whether these are the images only if broken ones are left out again."""
+        return any(self.left_out)
 
 
-class FolderSplit:
-    """Image files with their labels."""
-
-    def __init__(self, files: Sequence[Path], labels: Sequence[int] | None) -> None:
-        self.files = list(files)
-        self.labels: Sequence[int] | None = None if labels is None else list(labels)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def image(self, index: int) -> Image.Image:
-        path = self.files[index]
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return image
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            reason = str(error).replace(str(path), path.name)
-            raise DeryError(
-                f"cannot read the image {path}: {reason}", "replace or remove that file"
-            ) from error
-
-    def digest(self, index: int) -> bytes:
-        """Hash of the file's bytes; spares decoding."""
-        return hashlib.sha256(self.files[index].read_bytes()).digest()
-
-
-class Subset:
-    """Some images of another split, in the order of ``indices``."""
-
-    def __init__(self, split: ImageSplit, indices: Sequence[int]) -> None:
-        self.split = split
-        self.indices = [int(i) for i in indices]
-        labels = split.labels
-        self.labels: Sequence[int] | None = (
-            None if labels is None else [labels[i] for i in self.indices]
-        )
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, index: int) -> Image.Image:
-        return self.split.image(self.indices[index])
-
-    def digest(self, index: int) -> bytes:
-        return image_digest(self.split, self.indices[index])
-
-
-def open_data(spec: str) -> DataSet:
+def open_data(spec: str, screen: Screen | None = None) -> DataSet:
     """Open a data spec.
+
+    Args:
+        spec: A folder, or ``NAME`` or ``NAME:ARGUMENT`` of a plugin.
+        screen: Called once with each split that is read, before anything is derived from it; the
+            images it gives are as if they were not there.
 
     Raises:
         UsageError: No such folder or plugin, no images, or a single class.
-        DeryError: The data are there but damaged.
+        DeryError: The data are there but damaged, or the screen leaves a class without images.
     """
+    sieve = Sieve(spec, screen)
+    name, colon, argument = spec.partition(":")
+    known = name in plugin_names(DATA_GROUP)
+    named = bool(colon) and known
     path = Path(spec).expanduser()
-    if path.is_dir():
-        return _open_folder(path.resolve())
-    if "/" in spec.partition("?")[0] or spec.startswith((".", "~")):
+    if known and not colon and path.is_dir():
+        raise UsageError(
+            f"'{spec}' is a data set by that name and a folder here",
+            f"--data {spec}: for the data set, --data ./{spec} for the folder",
+        )
+    if not named and path.is_dir():
+        return _open_folder(path.resolve(), sieve)
+    if not named and ("/" in spec.partition("?")[0] or spec.startswith((".", "~"))):
         raise UsageError(f"no such data folder: {spec}", "give a folder of class folders")
-    name, _, argument = spec.partition(":")
     plugin = find_plugin(DATA_GROUP, name, DataPlugin, what="data set or folder")
+    resolve = getattr(plugin, "resolve", None)
     try:
+        if resolve is not None:
+            argument = resolve(argument)
+        spec = f"{name}:{argument}"  # with the colon it is never taken for a folder
         classes = plugin.classes(argument)
         train = plugin.split(argument, "train")
         test = plugin.split(argument, "test")
@@ -131,9 +124,61 @@ def open_data(spec: str) -> DataSet:
         raise DeryError(f"cannot open the data '{spec}': {error}") from error
     if train is None:
         raise UsageError(f"the data '{spec}' have no training split")
+    if classes is not None and len(classes) < 2:
+        raise UsageError(f"the data '{spec}' have only one class: {', '.join(classes)}")
+    return _data_set(spec, classes, train, test, sieve)
+
+
+def _data_set(
+    spec: str,
+    classes: Sequence[str] | None,
+    train: ImageSplit,
+    test: ImageSplit | None,
+    sieve: Sieve,
+) -> DataSet:
+    """Take out broken images; then, where there is no test split, hold out a fifth to test on."""
+    train = sieve(train, classes)
+    if test is not None:
+        test = sieve(test)
+    elif train.labels is not None:
+        kept, out = stratified_holdout(train.labels, fraction=0.2, seed=0)
+        if out:
+            train, test = Subset(train, kept), Subset(train, out)
     return DataSet(
-        spec=spec, classes=None if classes is None else tuple(classes), train=train, test=test
+        spec=spec,
+        classes=None if classes is None else tuple(classes),
+        train=train,
+        test=test,
+        left_out=tuple(sieve.left_out),
     )
+
+
+def open_checked(terminal: Terminal, spec: str, *, skip_bad: bool) -> DataSet:
+    """Open a data spec for a command: with ``skip_bad``, broken images are left out with a warning.
+
+    Raises:
+        UsageError: As ``open_data``.
+        DeryError: As ``open_data``.
+    """
+    if not skip_bad:
+        return open_data(spec)
+    names: list[str] = []
+
+    def screen(split: ImageSplit) -> list[int]:
+        broken = []
+        with terminal.progress("checking images", len(split)) as bar:
+            for index, bad in enumerate(unreadable(split)):
+                if bad:
+                    broken.append(index)
+                bar.advance()
+        names.extend(image_name(split, index) for index in broken)
+        return broken
+
+    data = open_data(spec, screen)
+    if names:
+        some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        terminal.warn(f"left out {len(names)} broken image{'s' * (len(names) > 1)}: {some}")
+    return data
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -160,7 +205,7 @@ def _labelled(folder: Path, classes: Sequence[str]) -> FolderSplit:
     return FolderSplit(files, labels)
 
 
-def _open_folder(root: Path) -> DataSet:
+def _open_folder(root: Path, sieve: Sieve) -> DataSet:
     spec = str(root)
     train_root = root / "train"
     held_out = next((root / n for n in ("test", "val", "validation") if (root / n).is_dir()), None)
@@ -173,15 +218,14 @@ def _open_folder(root: Path) -> DataSet:
         )
     folders = [child for child in _class_folders(base) if _images_below(child)]
     if not folders:
-        unlabelled = FolderSplit(_images_below(base), None)
-        return DataSet(spec=spec, classes=None, train=unlabelled, test=None)
+        return _data_set(spec, None, FolderSplit(_images_below(base), None), None, sieve)
     if len(folders) == 1:
         raise UsageError(
             f"only one class folder with images in {base}: {folders[0].name}",
             "give two or more class folders, or images without class folders for unlabelled use",
         )
     classes = tuple(child.name for child in folders)
-    train = _labelled(base, classes)
+    test = None
     if split and held_out is not None:
         unknown = sorted({c.name for c in _class_folders(held_out)} - set(classes))
         if unknown:
@@ -189,11 +233,8 @@ def _open_folder(root: Path) -> DataSet:
                 f"{held_out} has classes that {base} lacks: {', '.join(unknown[:5])}",
                 "both need the same class folders",
             )
-        return DataSet(spec=spec, classes=classes, train=train, test=_labelled(held_out, classes))
-    assert train.labels is not None
-    kept, out = stratified_holdout(train.labels, fraction=0.2, seed=0)
-    test = Subset(train, out) if out else None
-    return DataSet(spec=spec, classes=classes, train=Subset(train, kept), test=test)
+        test = _labelled(held_out, classes)
+    return _data_set(spec, classes, _labelled(base, classes), test, sieve)
 
 
 def stratified_holdout(
@@ -215,15 +256,6 @@ def stratified_holdout(
         held_out += members[:count]
     out = set(held_out)
     return [i for i in range(len(labels)) if i not in out], sorted(held_out)
-
-
-def image_digest(split: ImageSplit, index: int) -> bytes:
-    """Hash of one image's content: its file's bytes where it has a file, else its pixels."""
-    digest = getattr(split, "digest", None)
-    if digest is not None:
-        return bytes(digest(index))
-    image = split.image(index)
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
 
 
 def fingerprint(split: ImageSplit, indices: Sequence[int] | None = None) -> str:
@@ -252,15 +284,42 @@ def field_of_view(size: tuple[int, int], crop: float) -> tuple[float, float, flo
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
-    """Grayscale for one channel, else RGB; transparency is laid on white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """Upright as EXIF says; grayscale for one channel, else RGB; transparency is laid on white."""
+    image = _upright(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
-    elif image.mode.startswith("I;16") or image.mode == "I":
-        image = image.convert("I").point(lambda v: v / 257).convert("L")
+    elif image.mode == "LAB":
+        image = image.convert("RGB")
     wanted = "L" if in_chans == 1 else "RGB"
     return image if image.mode == wanted else image.convert(wanted)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except UNREADABLE:  # the EXIF data are damaged, the pixels are not
+        return image
+    if orientation not in _UPRIGHT:
+        return image
+    turned = image.transpose(_UPRIGHT[orientation])
+    kept = {"transparency"} & set(image.info)
+    turned.info = {key: image.info[key] for key in kept}  # or it would be turned again
+    return turned
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen bits of gray as eight; the one value that may be transparent as white."""
+    gray = image.convert("I").point(lambda value: value / 257).convert("L")
+    if "transparency" in image.info:
+        import numpy as np
+
+        clear = np.asarray(image) == image.info["transparency"]
+        gray.paste(255, mask=Image.fromarray(clear.astype(np.uint8) * 255))
+    return gray
 
 
 def normalised(image: Image.Image, spec: InputSpec) -> torch.Tensor:
@@ -314,7 +373,7 @@ class ImageDataset:  # torch's Dataset by protocol: torch is not imported here
     def __getitem__(self, position: int) -> tuple[Any, int]:
         index = self.indices[position]
         label = -1 if self.split.labels is None else int(self.split.labels[index])
-        return self.transform(self.split.image(index)), label
+        return self.transform(read_image(self.split, index)), label
 
     @property
     def labels(self) -> list[int] | None:

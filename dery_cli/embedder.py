@@ -97,6 +97,7 @@ class Embedder:
             "donor": donor.to_json(),
             "indices": list(indices),
             "batch_size": batch_size,
+            "left_out": () if self._images is None else self._images.left_out,
         }
         self._processes.order(order)
         return self._load(donor, order)
@@ -130,7 +131,9 @@ class Embedder:
         size = order["batch_size"]
         try:
             if self._images is None:
-                self._images = open_data(self._config.data)
+                left_out = iter(order["left_out"])
+                screen = (lambda _split: next(left_out)) if order["left_out"] else None
+                self._images = open_data(self._config.data, screen)
             self._dissection = None  # the last donor's memory is free before this one is built
             dissection = load_donor(donor, self._space, device=self._processes.device)
             self._donor, self._dissection, self._indices = donor, dissection, order["indices"]

@@ -40,6 +40,7 @@ class Calibration:
         labels: Class of each, or None.
         classes: Class names, or None.
         crop: Field of view.
+        skip_bad: Whether broken images were left out before the choice.
         batch_size: Images a batch, the smallest of any donor's; 0 before anything is embedded.
     """
 
@@ -49,6 +50,7 @@ class Calibration:
     labels: tuple[int, ...] | None
     classes: tuple[str, ...] | None
     crop: float
+    skip_bad: bool = False
     batch_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
         labels=None if labels is None else tuple(int(labels[i]) for i in indices),
         classes=data.classes,
         crop=config.crop,
+        skip_bad=data.skip_bad,
     )
 
 
@@ -91,7 +94,11 @@ def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibrati
             "anatomy": _anatomy_hash(donor),
             "data": calibration.digest,
         },
-        options={**config.options(), "data": calibration.spec},
+        options={
+            **config.options(),
+            "data": calibration.spec,
+            "skip_bad": calibration.skip_bad,
+        },
         seed=config.seed,
         data={"donor": donor.name, "nodes": len(donor.anatomy.nodes), **calibration.to_json()},
     )
@@ -173,8 +180,9 @@ def embed_command(options: Mapping[str, Any], seed: int | None) -> str:
     defaults = EmbedConfig(data="").options()
     words = ["dery embed --data", shlex.quote(options["data"])]
     for name, default in defaults.items():
-        if name == "samples" or (name != "data" and options[name] != default):
-            words.append(f"--{name.replace('_', '-')} {options[name]}")
+        value = options.get(name, default)
+        if name == "samples" or (name != "data" and value != default):
+            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
     return " ".join([*words, f"--seed {seed}"] if seed else words)
 
 
@@ -233,6 +241,7 @@ def read_embeddings(
             labels=None if labels is None else tuple(labels),
             classes=None if classes is None else tuple(classes),
             crop=first.options["crop"],
+            skip_bad=first.options.get("skip_bad", False),
             batch_size=min(record.data["batch_size"] for record in usable.values()),
         ),
         hashes={name: record.sha256 for name, record in usable.items()},

@@ -1,10 +1,10 @@
-"""The finetune stage: which network starts, on which images, and what is kept of the run."""
+"""What fine-tuning starts from: the network, and the target's images in three parts."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from dery_cli.core.network import AssembledNetwork, linear_head
 from dery_cli.core.proxies import pre_logits
 from dery_cli.core.ridge import fit_classifier
 from dery_cli.data import DataSet, ImageDataset, fingerprint, stratified_holdout
-from dery_cli.errors import UsageError
+from dery_cli.errors import DeryError, UsageError
 from dery_cli.loading import ImageBatches, as_dataset
-from dery_cli.reassembly import network_cost, whole_model
+from dery_cli.reassembly import whole_cost, whole_model
 from dery_cli.training.augment import train_transform
 from dery_cli.training.recipe import FinetuneConfig
+from dery_cli.types import Donor
 from dery_cli.zoo import load_donor, require_zoo
 
 
@@ -66,6 +67,79 @@ def start_from_assembly(workspace: Workspace, name: str, *, scratch: bool, seed:
     return Start(assembly=assembly, parent=assembly.record.sha256, name=label)
 
 
+class NotFiniteError(DeryError):
+    """A donor's features on the target's images are NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeDonor:
+    """A whole donor with a closed-form head for the target.
+
+    Args:
+        donor: From the zoo.
+        network: On the device it was fitted on, in eval mode.
+        accuracy: Cross-validated, of the head on the images it was fitted on.
+    """
+
+    donor: Donor
+    network: AssembledNetwork
+    accuracy: float
+
+
+def whole_donor(
+    workspace: Workspace,
+    donor: Donor,
+    data: DataSet,
+    indices: Sequence[int],
+    *,
+    crop: float,
+    device: torch.device,
+    workers: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> WholeDonor:
+    """Fit a head for the target to a donor's last features, in one pass over some images.
+
+    Args:
+        workspace: Of the zoo.
+        donor: From the zoo.
+        data: The target, with labels.
+        indices: Training images to fit to.
+        crop: Field of view.
+        device: Where to compute.
+        workers: Processes that decode images.
+        advance: Told the images of each batch that is done.
+
+    Raises:
+        NotFiniteError: Its features are not finite.
+        DeryError: Its weights changed.
+    """
+    assert data.classes is not None
+    dissection = load_donor(donor, workspace, device=device)
+    block = copy.deepcopy(dissection.block(0, dissection.anatomy.num_units))
+    network = AssembledNetwork([block], [None]).eval()
+    batches = ImageBatches(
+        data.train, indices, donor.input, crop=crop, batch_size=64, device=device, workers=workers
+    )
+
+    def told() -> Iterator[torch.Tensor]:
+        for x_NCHW in batches:
+            yield x_NCHW
+            if advance is not None:
+                advance(len(x_NCHW))
+
+    x_NC = pre_logits(network, told())
+    if not torch.isfinite(x_NC).all():
+        raise NotFiniteError(
+            f"{donor.name} has NaN or infinite features on {data.spec}",
+            f"dery zoo remove {donor.name}",
+        )
+    labels = batches.labels
+    assert labels is not None
+    classifier = fit_classifier(x_NC, torch.tensor(labels), len(data.classes))
+    network.head = linear_head(classifier).to(device)
+    return WholeDonor(donor=donor, network=network, accuracy=classifier.accuracy)
+
+
 def start_from_donor(
     workspace: Workspace, name: str, data: DataSet, crop: float, device: torch.device
 ) -> Start:
@@ -76,32 +150,22 @@ def start_from_donor(
     """
     zoo = require_zoo(workspace)
     donor = zoo[name]
-    if data.classes is None or data.train.labels is None:
-        raise UsageError(f"{data.spec} has no labels to fine-tune on", "give class folders")
-    ref = whole_model(zoo, name)
-    dissection = load_donor(donor, workspace, device=device)
-    block = copy.deepcopy(dissection.block(ref.start, ref.stop))
-    network = AssembledNetwork([block], [None]).eval()
-    batches = ImageBatches(
-        data.train,
-        range(len(data.train)),
-        donor.input,
-        crop=crop,
-        batch_size=64,
-        device=device,
-    )
-    x_NC = pre_logits(network, batches)
-    classifier = fit_classifier(
-        x_NC, torch.tensor([int(label) for label in data.train.labels]), len(data.classes)
-    )
-    network.head = linear_head(classifier)
-    cost = network_cost(zoo, [ref], len(data.classes))
+    check_labelled(data)
+    everything = range(len(data.train))
+    whole = whole_donor(workspace, donor, data, everything, crop=crop, device=device)
+    assert data.classes is not None
+    cost = whole_cost(zoo, name, len(data.classes))
     record = Artifact(
         kind="assembly",
         parents={"weights": donor.weights_sha256},
         data={
             "network": describe_network(
-                zoo, [ref], [None], classes=data.classes, crop=crop, sets=None
+                zoo,
+                [whole_model(zoo, name)],
+                [None],
+                classes=data.classes,
+                crop=crop,
+                sets=None,
             ),
             "name": f"whole {name}",
             "params": cost.params,
@@ -109,7 +173,8 @@ def start_from_donor(
             "target": data.spec,
         },
     )
-    return Start(assembly=loaded(network.cpu(), record), parent=record.sha256, name=f"whole {name}")
+    assembly = loaded(whole.network.cpu(), record)
+    return Start(assembly=assembly, parent=record.sha256, name=f"whole {name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +187,9 @@ class Splits:
         test: Reported on; None where there are none.
         digest: Hash of the training images and the split.
         valid_fraction: Share held out to choose on.
+        kept: Which of the target's training images are trained on.
+        target: Data spec.
+        target_skip_bad: Whether broken images are left out of these data.
     """
 
     train: Dataset[Any]
@@ -129,6 +197,9 @@ class Splits:
     test: Dataset[Any] | None
     digest: str
     valid_fraction: float
+    kept: tuple[int, ...]
+    target: str
+    target_skip_bad: bool
 
 
 def make_splits(
@@ -139,16 +210,12 @@ def make_splits(
     Raises:
         UsageError: The data have no labels, or other classes than the network's head.
     """
-    classes = start.assembly.classes
-    if data.classes is None or data.train.labels is None:
-        raise UsageError(f"{data.spec} has no labels to fine-tune on", "give class folders")
-    check_classes(data, classes)
+    labels = check_labelled(data)
+    check_classes(data, start.assembly.classes)
     kept = list(range(len(data.train)))
     held_out: list[int] = []
     if valid_fraction > 0:
-        kept, held_out = stratified_holdout(
-            data.train.labels, fraction=valid_fraction, seed=config.seed
-        )
+        kept, held_out = stratified_holdout(labels, fraction=valid_fraction, seed=config.seed)
     transform = start.assembly.transform
     augmented = train_transform(transform.input, config, transform.crop)
     return Splits(
@@ -157,7 +224,21 @@ def make_splits(
         test=None if data.test is None else as_dataset(ImageDataset(data.test, transform)),
         digest=fingerprint(data.train, [*kept, *held_out]),
         valid_fraction=valid_fraction,
+        kept=tuple(kept),
+        target=data.spec,
+        target_skip_bad=data.skip_bad,
     )
+
+
+def check_labelled(data: DataSet) -> Sequence[int]:
+    """The labels of the training images.
+
+    Raises:
+        UsageError: There are none.
+    """
+    if data.classes is None or data.train.labels is None:
+        raise UsageError(f"{data.spec} has no labels to fine-tune on", "give class folders")
+    return data.train.labels
 
 
 def check_classes(data: DataSet, classes: Sequence[str] | None) -> None:
@@ -168,27 +249,18 @@ def check_classes(data: DataSet, classes: Sequence[str] | None) -> None:
     """
     if classes is None or data.classes is None or tuple(data.classes) == tuple(classes):
         return
-    other = [name for name in data.classes if name not in classes]
-    missing = [name for name in classes if name not in data.classes]
-    difference = _some("new", other) + _some("missing", missing) or "the same in another order"
     raise UsageError(
-        f"{data.spec} has other classes than the network: {difference.strip()}",
+        f"{data.spec} has other classes than the network: {difference(data.classes, classes)}",
         "assemble for these data: dery assemble --data SPEC",
     )
 
 
+def difference(classes: Sequence[str], others: Sequence[str]) -> str:
+    """What tells the first class names from the second, in words."""
+    new = [name for name in classes if name not in others]
+    missing = [name for name in others if name not in classes]
+    return (_some("new", new) + _some("missing", missing)).strip() or "the same in another order"
+
+
 def _some(what: str, names: Sequence[str]) -> str:
     return f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} " if names else ""
-
-
-def run_artifact(
-    start: Start, splits: Splits, config: FinetuneConfig, data: Mapping[str, Any]
-) -> Artifact:
-    """The record of a run; ``workers`` changes no number and is left out."""
-    options = {key: value for key, value in config.to_json().items() if key != "workers"}
-    return Artifact(
-        kind="run",
-        parents={"network": start.parent, "data": splits.digest},
-        options={**options, **data},
-        seed=config.seed,
-    )

@@ -24,7 +24,7 @@ from dery_cli.core.latency import interleaved_medians
 from dery_cli.core.network import AssembledNetwork, needs_stitch
 from dery_cli.core.stitch import Stitch
 from dery_cli.reassembly import PlacedBlock, node_of, whole_model
-from dery_cli.types import BlockRef, Node
+from dery_cli.types import BlockRef, Node, StitchKind
 from dery_cli.zoo import Zoo
 
 REPEATS = 15
@@ -132,10 +132,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.processor() or platform.machine()}"
 
 
-def latency_options(device: torch.device, batch_size: int, classes: int | None) -> dict[str, Any]:
+def latency_options(
+    device: torch.device, kind: StitchKind, batch_size: int, classes: int | None
+) -> dict[str, Any]:
     """What measured latencies hold for, as their artifact records it."""
     return {
         "device": device_name(device),
+        "stitch": str(kind),
         "batch_size": batch_size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "repeats": REPEATS,
@@ -150,6 +153,7 @@ def measure_latency(
     blocks: Sequence[PlacedBlock],
     device: torch.device,
     *,
+    kind: StitchKind,
     batch_size: int,
     num_classes: int | None,
     advance: Callable[[], None],
@@ -164,6 +168,7 @@ def measure_latency(
         donors: The same, dissected.
         blocks: Candidate blocks.
         device: Where the donors are.
+        kind: What stitches are made of.
         batch_size: Images.
         num_classes: Of the head that the last stage's blocks and whole donors get, or None.
         advance: Called once a round, ``WARMUP + REPEATS`` times.
@@ -188,11 +193,11 @@ def measure_latency(
     for ref, module, _ in _parts(zoo, donors, blocks, num_classes):
         calls[ref] = _call(module.to(device), features[ref.donor, ref.start])
     stitches = stitch_ends(blocks)
-    kinds = {ends: _stitch_kind(zoo, ends) for ends in stitches}
-    for ends, kind in kinds.items():
-        if kind not in calls:
-            stitch = Stitch(node_of(zoo, *ends[:2]), node_of(zoo, *ends[2:])).eval().to(device)
-            calls[kind] = _call(stitch, features[ends[:2]])
+    shapes = {ends: _stitch_shape(zoo, ends) for ends in stitches}
+    for ends, key in shapes.items():
+        if key not in calls:
+            stitch = _stitch(zoo, ends, kind).eval().to(device)
+            calls[key] = _call(stitch, features[ends[:2]])
 
     with torch.inference_mode():
         found = interleaved_medians(
@@ -200,7 +205,7 @@ def measure_latency(
         )
     return PartCosts(
         blocks={block.ref: found[block.ref] for block in blocks},
-        stitches={ends: found[kind] for ends, kind in kinds.items()},
+        stitches={ends: found[key] for ends, key in shapes.items()},
         wholes={name: found[whole_model(zoo, name)] for name in zoo.names()},
     )
 
@@ -224,6 +229,7 @@ def compute_memory(
     donors: Donors,
     blocks: Sequence[PlacedBlock],
     *,
+    kind: StitchKind,
     batch_size: int,
     num_classes: int | None,
     advance: Callable[[], None],
@@ -234,6 +240,7 @@ def compute_memory(
         zoo: The donors.
         donors: The same, dissected.
         blocks: Candidate blocks.
+        kind: What stitches are made of.
         batch_size: Images.
         num_classes: Of the head, or None.
         advance: Called once a block and once a whole donor.
@@ -244,13 +251,13 @@ def compute_memory(
         weights[ref] = weight_bytes(module)
         peaks[ref] = activation_peak(module, shape, batch_size)
         advance()
-    kinds: dict[object, int] = {}
+    sizes: dict[object, int] = {}
     stitches: dict[Ends, int] = {}
     for ends in stitch_ends(blocks):
-        kind = _stitch_kind(zoo, ends)
-        if kind not in kinds:
-            kinds[kind] = weight_bytes(Stitch(node_of(zoo, *ends[:2]), node_of(zoo, *ends[2:])))
-        stitches[ends] = kinds[kind]
+        key = _stitch_shape(zoo, ends)
+        if key not in sizes:
+            sizes[key] = weight_bytes(_stitch(zoo, ends, kind))
+        stitches[ends] = sizes[key]
     whole = {name: whole_model(zoo, name) for name in zoo.names()}
     return MemoryCosts(
         weights=PartCosts(
@@ -352,7 +359,11 @@ def _with_head(module: nn.Module, head: nn.Module | None) -> nn.Module:
     return module if head is None else nn.Sequential(module, head).eval()
 
 
-def _stitch_kind(zoo: Zoo, ends: Ends) -> object:
+def _stitch(zoo: Zoo, ends: Ends, kind: StitchKind) -> Stitch:
+    return Stitch(node_of(zoo, *ends[:2]), node_of(zoo, *ends[2:]), kind)
+
+
+def _stitch_shape(zoo: Zoo, ends: Ends) -> object:
     def shape(node: Node) -> tuple[object, ...]:
         return (node.layout, node.shape, node.grid, node.num_prefix_tokens)
 

@@ -36,7 +36,7 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for block, joint in zip(network["blocks"], network["joints"], strict=True):
-        r2 = "" if joint is None else f"{joint['r2']:.3f}"
+        r2 = "" if joint is None or joint["r2"] is None else f"{joint['r2']:.3f}"
         lines.append(
             f"| {block['stage'] + 1} | {block['donor']} | {block['start']}-{block['stop']} "
             f"| {block['task']} | {block['license']} | {r2} |"

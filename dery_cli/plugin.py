@@ -75,7 +75,13 @@ class ZooPlugin(Protocol):
 
 @runtime_checkable
 class ImageSplit(Protocol):
-    """One split of a data set: images in a fixed order, decoded one at a time."""
+    """One split of a data set: images in a fixed order, decoded one at a time.
+
+    Optionally a split also has
+
+    - ``name(index: int) -> str``: what to call an image in messages, as its file;
+    - ``digest(index: int) -> bytes``: a hash of an image's content that spares decoding it.
+    """
 
     @property
     def labels(self) -> Sequence[int] | None:
@@ -85,13 +91,20 @@ class ImageSplit(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Image.Image:
-        """Image ``index``, undecoded until now, in whatever mode it is stored."""
+        """Image ``index``, undecoded until now, in whatever mode it is stored.
+
+        Threads may call it at the same time. What Pillow raises for a damaged image may go through.
+        """
         ...
 
 
 @runtime_checkable
 class DataPlugin(Protocol):
-    """Data sets by name. Entry-point group ``dery.data``; spec ``NAME`` or ``NAME:ARGUMENT``."""
+    """Data sets by name. Entry-point group ``dery.data``; spec ``NAME`` or ``NAME:ARGUMENT``.
+
+    Optionally a plugin also has ``resolve(argument: str) -> str``: the argument with its folders as
+    absolute paths, for later stages that may be started elsewhere.
+    """
 
     def classes(self, argument: str) -> Sequence[str] | None:
         """Class names in label order, or None for unlabelled data."""
@@ -99,6 +112,8 @@ class DataPlugin(Protocol):
 
     def split(self, argument: str, name: str) -> ImageSplit | None:
         """The split ``train`` or ``test``, or None where there is no such split.
+
+        Without a ``test`` split a fifth of each class of ``train`` is held out to test on.
 
         Raises:
             KeyError: ``argument`` is unknown.

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from dery_cli.errors import DeryError, ExitCode, UsageError
+from dery_cli.launcher import launched, on_cpus
 from dery_cli.loading import pick_device
 
 PATIENCE = datetime.timedelta(hours=2)
 """How long a process waits for one that is alive and silent, say for the workspace's lock."""
 
 
-_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_WORD = "dery/failure"
+"""Where in the launcher's store a process that fails says what of."""
 
 
 class NoMemoryError(Exception):
@@ -111,6 +113,17 @@ class Processes:
         """
         return [] if rows is None else [rows]
 
+    def united(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which all run the same code, and it exchanges what it likes, how it likes.
+
+        Whichever process fails in it, none is left waiting, and the main process fails of that.
+
+        Raises:
+            DeryError: In the main process, whatever another process failed of.
+            Dismissed: In the others.
+        """
+        return contextlib.nullcontext()
+
     def close(self, code: int | None) -> None:
         """End the others with the exit code ``code``; None: they are left to find out."""
 
@@ -122,9 +135,7 @@ class LaunchedProcesses(Processes):
         import torch.distributed as dist
         from accelerate import PartialState
 
-        # an MPS device cannot be shared
-        no_device = not torch.accelerator.is_available() or torch.backends.mps.is_available()
-        state: Any = PartialState(cpu=device_name == "cpu" or _on_cpu() or no_device)
+        state: Any = PartialState(cpu=device_name == "cpu" or launched_on_cpus())
         self._state = state
         self.rank, self.count = int(state.process_index), int(state.num_processes)
         super().__init__(_own_device(state.device, device_name), threads)
@@ -183,6 +194,32 @@ class LaunchedProcesses(Processes):
                 collected.append(buffer)
         return collected
 
+    @contextlib.contextmanager
+    def united(self) -> Iterator[None]:
+        # The others are in the middle of anything: a process that fails leaves word in the store
+        # that the launcher keeps and ends; what the others exchange with it then fails.
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store = _get_default_store()
+        try:
+            yield
+        except BaseException as error:
+            self._broken = True
+            lost = _is_lost(error) or _is_lost(error.__cause__)
+            known = lost or isinstance(error, DeryError)
+            if not self.main and isinstance(error, Exception):
+                if not lost:
+                    with contextlib.suppress(RuntimeError):  # the store is gone
+                        store.compare_set(_WORD, "", json.dumps(_to_json(error)))
+                if not known:
+                    traceback.print_exception(error)
+                raise Dismissed from error
+            if self.main and (lost or not known) and (word := _word(store)) is not None:
+                raise DeryError(word["message"], word["hint"], details=word["details"]) from error
+            if lost and not isinstance(error, DeryError):
+                raise _lost(error) from error
+            raise
+
     def close(self, code: int | None) -> None:
         if code is None or self._broken:
             return
@@ -198,34 +235,18 @@ class LaunchedProcesses(Processes):
             yield
         except RuntimeError as error:
             self._broken = True
-            reason = str(error).strip().splitlines()[0]
-            raise DeryError(
-                f"another process of this run has ended or hangs: {reason}",
-                "see its message; rerun the same command, what is finished is kept",
-            ) from error
+            raise _lost(error) from error
 
 
-def launched() -> bool:
-    """Whether a launcher started several processes: torchrun, Accelerate or MPI."""
-    return any(int(os.environ.get(name) or 1) > 1 for name in _COUNTS)
+def launched_on_cpus() -> bool:
+    """Whether a launcher's processes have to compute on CPUs: it says so, or there is nothing else.
 
-
-def alone_by_mistake() -> str | None:
-    """A warning where several processes were asked for and one was started.
-
-    ``accelerate launch --cpu --num_processes 2`` does that: without MPI it starts one process and
-    tells it where the others would be.
+    An MPS device cannot be shared.
     """
-    if launched() or not _on_cpu() or "MASTER_PORT" not in os.environ:
-        return None
-    return (
-        "the launcher started this process alone (on CPUs, accelerate starts several only with "
-        "MPI); to have N: torchrun --nproc-per-node N -m dery_cli ..."
-    )
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if not launched():
+        return False
+    no_device = not torch.accelerator.is_available() or torch.backends.mps.is_available()
+    return on_cpus() or no_device
 
 
 @contextlib.contextmanager
@@ -272,6 +293,32 @@ def _own_device(device: torch.device, wanted: str | None) -> torch.device:
             "leave --device out, or launch with --cpu",
         )
     return torch.device(device)
+
+
+def _word(store: Any) -> dict[str, Any] | None:
+    """What another process said that it failed of."""
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        if store.check([_WORD]):
+            word: dict[str, Any] = json.loads(store.get(_WORD))
+            return word
+    return None
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether torch says that it cannot reach another process."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _lost(error: BaseException) -> DeryError:
+    reason = str(error).strip().splitlines()[0]
+    return DeryError(
+        f"another process of this run has ended or hangs: {reason}",
+        "see its message; rerun the same command, what is finished is kept",
+    )
 
 
 def _to_json(failure: Exception) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dery_cli.core.network import needs_stitch
 from dery_cli.core.ridge import probe_accuracy
 from dery_cli.core.stitch import StitchCost, stitch_cost
 from dery_cli.embeddings import Embeddings
-from dery_cli.types import BlockRef, Node
+from dery_cli.types import BlockRef, Node, StitchKind
 from dery_cli.zoo import Zoo
 
 MICRO = 1_000_000
@@ -100,7 +100,9 @@ def probe_nodes(
     }
 
 
-def joint_costs(blocks: Sequence[PlacedBlock], zoo: Zoo) -> dict[tuple[int, int], Joint]:
+def joint_costs(
+    blocks: Sequence[PlacedBlock], zoo: Zoo, kind: StitchKind
+) -> dict[tuple[int, int], Joint]:
     """The joints between blocks of consecutive stages, by block numbers, with R2 taken as 1."""
     joints: dict[tuple[int, int], Joint] = {}
     for number, block in enumerate(blocks):
@@ -110,7 +112,7 @@ def joint_costs(blocks: Sequence[PlacedBlock], zoo: Zoo) -> dict[tuple[int, int]
             cost = StitchCost(0, 0)
             if needs_stitch(block.ref, after.ref):
                 source = node_of(zoo, block.ref.donor, block.ref.stop)
-                cost = stitch_cost(source, node_of(zoo, after.ref.donor, after.ref.start))
+                cost = stitch_cost(source, node_of(zoo, after.ref.donor, after.ref.start), kind)
             joints[number, follower] = Joint(cost=cost, r2=1.0)
     return joints
 
@@ -119,8 +121,10 @@ def score_joints(
     blocks: Sequence[PlacedBlock],
     embeddings: Embeddings,
     advance: Callable[[], None],
-) -> dict[tuple[int, int], Joint]:
-    """Cost and R2 of every joint between blocks of consecutive stages, by block numbers.
+) -> dict[tuple[int, int], float]:
+    """R2 of the linear stitch of every joint between blocks of consecutive stages.
+
+    It is 1 where none is needed.
 
     Args:
         blocks: Candidate blocks; their positions are the numbers.
@@ -129,21 +133,23 @@ def score_joints(
     """
     zoo = embeddings.zoo
     features = _GridFeatures(embeddings)
-    joints = joint_costs(blocks, zoo)
+    found: dict[tuple[int, int], float] = {}
     for number, block in enumerate(blocks):
         stitched: dict[int, tuple[Node, Tensor]] = {}
         for follower, after in enumerate(blocks):
-            if (number, follower) in joints and needs_stitch(block.ref, after.ref):
+            if after.stage != block.stage + 1:
+                continue
+            if needs_stitch(block.ref, after.ref):
                 place = (after.ref.donor, after.ref.start)
                 stitched[follower] = (node_of(zoo, *place), features(*place))
+            else:
+                found[number, follower] = 1.0
         if stitched:
             place = (block.ref.donor, block.ref.stop)
             scores = joint_r2(node_of(zoo, *place), features(*place), stitched)
-            for follower, r2 in scores.items():
-                cost = joints[number, follower].cost
-                joints[number, follower] = Joint(cost=cost, r2=r2)
+            found.update({(number, follower): r2 for follower, r2 in scores.items()})
         advance()
-    return joints
+    return found
 
 
 class _GridFeatures:
@@ -263,21 +269,12 @@ def merged(refs: Sequence[BlockRef]) -> tuple[BlockRef, ...]:
     return tuple(out)
 
 
-def network_cost(zoo: Zoo, refs: Sequence[BlockRef], num_classes: int | None) -> StitchCost:
-    """Parameters and multiply-adds of a network: blocks, stitches and head."""
-    params = flops = 0
-    for index, ref in enumerate(refs):
-        anatomy = zoo[ref.donor].anatomy
-        params += anatomy.params(ref.start, ref.stop)
-        flops += anatomy.flops(ref.start, ref.stop)
-        if index and needs_stitch(refs[index - 1], ref):
-            before = refs[index - 1]
-            cost = stitch_cost(
-                node_of(zoo, before.donor, before.stop), node_of(zoo, ref.donor, ref.start)
-            )
-            params, flops = params + cost.params, flops + cost.flops
-    head = head_cost(node_of(zoo, refs[-1].donor, refs[-1].stop).num_chs, num_classes)
-    return StitchCost(params + head.params, flops + head.flops)
+def whole_cost(zoo: Zoo, donor: str, num_classes: int | None) -> StitchCost:
+    """Parameters and multiply-adds of a whole donor with the head."""
+    anatomy = zoo[donor].anatomy
+    head = head_cost(anatomy.nodes[-1].num_chs, num_classes)
+    units = anatomy.num_units
+    return StitchCost(anatomy.params(0, units) + head.params, anatomy.flops(0, units) + head.flops)
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:

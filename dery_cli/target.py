@@ -31,7 +31,8 @@ class Target:
 
     Args:
         data: The data set.
-        indices: Training images that things are fitted and chosen on.
+        indices: Training images that probes and the head are fitted on.
+        fit_indices: Those of them that stitches are fitted on.
         crop: Field of view.
         batch_size: Images a batch.
         device: Where the batches go.
@@ -40,6 +41,7 @@ class Target:
 
     data: DataSet
     indices: tuple[int, ...]
+    fit_indices: tuple[int, ...]
     crop: float
     batch_size: int
     device: torch.device
@@ -47,8 +49,17 @@ class Target:
 
     @property
     def labels(self) -> list[int] | None:
+        """Of ``indices``."""
+        return self._labels(self.indices)
+
+    @property
+    def fit_labels(self) -> list[int] | None:
+        """Of ``fit_indices``."""
+        return self._labels(self.fit_indices)
+
+    def _labels(self, indices: tuple[int, ...]) -> list[int] | None:
         labels = self.data.train.labels
-        return None if labels is None else [int(labels[i]) for i in self.indices]
+        return None if labels is None else [int(labels[i]) for i in indices]
 
     @property
     def num_classes(self) -> int | None:
@@ -58,3 +69,8 @@ class Target:
 def choose_target(data: DataSet, samples: int, seed: int) -> tuple[int, ...]:
     """The target's training images that heads and probes are fitted on, in order."""
     return tuple(sorted(choose_samples(len(data.train), samples, seed)))
+
+
+def choose_fit(indices: tuple[int, ...], samples: int, seed: int) -> tuple[int, ...]:
+    """Those of the target's images that stitches are fitted on, in order."""
+    return tuple(sorted(indices[i] for i in choose_samples(len(indices), samples, seed)))

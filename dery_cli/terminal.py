@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from dery_cli.launcher import is_follower
+
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
 
@@ -37,7 +39,7 @@ class Progress:
 
 
 class Terminal:
-    """Where a command prints.
+    """Where a command prints. Of several launched processes only the main one does.
 
     Args:
         json: Keep stdout for the JSON object.
@@ -57,7 +59,9 @@ class Terminal:
             from rich.console import Console
 
             wide = None if sys.stderr.isatty() else _PLAIN_WIDTH
-            self._err = Console(stderr=True, highlight=False, soft_wrap=True, width=wide)
+            self._err = Console(
+                stderr=True, highlight=False, soft_wrap=True, width=wide, quiet=is_follower()
+            )
         return self._err
 
     @property
@@ -68,7 +72,7 @@ class Terminal:
             from rich.console import Console
 
             wide = None if sys.stdout.isatty() else _PLAIN_WIDTH
-            self._out = Console(highlight=False, soft_wrap=True, width=wide)
+            self._out = Console(highlight=False, soft_wrap=True, width=wide, quiet=is_follower())
         return self._out
 
     def say(self, text: str = "", style: str | None = None) -> None:
@@ -119,10 +123,14 @@ class Terminal:
             table.add_row(*(Text(cell) for cell in row), style=style)
         self.out.print(table)
 
+    def growing_table(self, columns: Sequence[str]) -> GrowingTable:
+        """A table on stderr whose rows are printed as they come."""
+        return GrowingTable(self, columns)
+
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[Progress]:
         """A progress bar on a terminal, a line every few seconds elsewhere."""
-        if self.quiet:
+        if self.quiet or is_follower():
             yield Progress(total)
         elif self.err.is_terminal:
             yield from self._bar(description, total)
@@ -158,18 +166,44 @@ class Terminal:
             yield Bar(total)
 
 
+class GrowingTable:
+    """Rows under a heading that comes before the first of them; numbers, aligned right."""
+
+    def __init__(self, terminal: Terminal, columns: Sequence[str]) -> None:
+        self._terminal, self._columns = terminal, columns
+        self._headed = False
+
+    def row(self, cells: Sequence[object]) -> None:
+        if not self._headed:
+            self._line(self._columns)
+            self._headed = True
+        self._line(cells)
+
+    def _line(self, cells: Sequence[object]) -> None:
+        widths = [max(len(column), 8) for column in self._columns]
+        padded = [str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        self._terminal.note("  ".join(padded))
+
+
 class _PlainProgress(Progress):
     def __init__(self, terminal: Terminal, description: str, total: int) -> None:
         super().__init__(total)
         self._terminal, self._description = terminal, description
         self._start = self._last = time.monotonic()
+        self._origin = (self._start, 0)
+
+    def update(self, done: int, note: str = "") -> None:
+        if self.done == 0 < done:  # a resumed task begins somewhere
+            self._origin = (time.monotonic(), done)
+        super().update(done, note)
 
     def advance(self, count: int = 1) -> None:
         super().advance(count)
         now = time.monotonic()
         if now - self._last >= _PLAIN_SECONDS and 0 < self.done < self.total:
             self._last = now
-            left = (now - self._start) * (self.total - self.done) / self.done
+            began, first = self._origin
+            left = (now - began) * (self.total - self.done) / max(self.done - first, 1)
             self._terminal.note(
                 f"{self._description} {self.done}/{self.total}, about {left:.0f} s left"
                 f"{'  ' + self.note if self.note else ''}"

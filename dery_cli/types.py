@@ -21,6 +21,14 @@ class Layout(enum.StrEnum):
     NC = "NC"
 
 
+class StitchKind(enum.StrEnum):
+    """What a stitch is made of; see ``core.stitch.Stitch``."""
+
+    LINEAR = "linear"
+    MLP = "mlp"
+    PAPER = "paper"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputSpec:
     """What a donor expects of an image.

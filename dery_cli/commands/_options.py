@@ -39,7 +39,14 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="A folder of class folders, demo, or torchvision:CIFAR100?root=DIR.",
+        help="A folder of class folders, demo, torchvision:CIFAR100?root=DIR, or hf:OWNER/NAME.",
+    ),
+]
+SkipBadOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave out images that cannot be decoded; by default the first one ends the command.",
     ),
 ]
 WorkersOption = Annotated[

@@ -15,6 +15,7 @@ from dery_cli.commands._options import (
     DeviceOption,
     Result,
     SeedOption,
+    SkipBadOption,
     WorkersOption,
     WorkspaceOption,
     command,
@@ -96,6 +97,7 @@ def assemble(
         bool, typer.Option("--require-optimal", help="Exit 1 unless the program's best is proven.")
     ] = False,
     data: DataOption = None,
+    skip_bad: SkipBadOption = False,
     name: Annotated[str, typer.Option("--name", help="Name of the assembly.")] = "default",
     candidates: Annotated[
         int,
@@ -111,11 +113,26 @@ def assemble(
             "--joint-weight", help="Weight of the joints' log R2 beside the blocks' gains."
         ),
     ] = AssembleConfig.joint_weight,
+    stitch: Annotated[
+        str,
+        typer.Option(
+            "--stitch",
+            help="Layer between blocks of different donors: linear (1x1 convolution), mlp (two of "
+            "them), or paper (batch norm, convolution, LeakyReLU with random weights, to train).",
+        ),
+    ] = AssembleConfig.stitch,
+    match: Annotated[
+        bool,
+        typer.Option(
+            "--match",
+            help="Train the stitches, without labels, to give the features of the last donor.",
+        ),
+    ] = False,
     whole: Annotated[
         bool, typer.Option("--whole/--no-whole", help="Let whole models of the zoo compete.")
     ] = True,
     fit_samples: Annotated[
-        int, typer.Option("--fit-samples", help="Calibration images that stitches are fitted on.")
+        int, typer.Option("--fit-samples", help="Target images that stitches are fitted on.")
     ] = AssembleConfig.fit_samples,
     target_samples: Annotated[
         int, typer.Option("--target-samples", help="Target images for probes and the head.")
@@ -153,10 +170,13 @@ def assemble(
         latency_batch=latency_batch,
         memory_batch=memory_batch,
         data=data,
+        skip_bad=skip_bad,
         name=name,
         candidates=candidates,
         proxy=proxy,
         joint_weight=joint_weight,
+        stitch=stitch,
+        match=match,
         whole=whole,
         fit_samples=fit_samples,
         target_samples=target_samples,
@@ -237,6 +257,12 @@ def _show(
         terminal.warn("time ran out before the program's optimum was proven")
     if data["network"]["classes"] is None:
         terminal.say("the target has no labels: the network ends at its pre-logits, without a head")
+    if data["match"] is not None:
+        before, after = (f"{data['match'][when]:.3f}" for when in ("before", "after"))
+        terminal.say(
+            f"matching the last donor's features took their R2 on held-out images from {before} to "
+            f"{after}{'' if data['match']['kept'] else ': the stitches were left as they were'}"
+        )
     if timing is not None:
         terminal.say(
             f"a batch of {timing['batch_size']} takes the built network "

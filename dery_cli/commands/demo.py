@@ -48,7 +48,7 @@ def demo(
     run = _Runner(terminal, folder, seed, device)
     started = time.monotonic()
     run("zoo add --manifest demo")
-    run("embed --data demo")
+    run("embed --data demo:")
     run("sim")
     run("partition")
     assembled = run(f"assemble --max-params {max_params}")
@@ -58,7 +58,7 @@ def demo(
     if whole is not None:
         donor = whole["blocks"][0][0]
         rows.append(
-            _row("best whole model", run(f"{tune} --donor {donor} --data demo"), run.seconds)
+            _row("best whole model", run(f"{tune} --donor {donor} --data demo:"), run.seconds)
         )
     rows.append(_row("from scratch", run(f"{tune} --scratch --name scratch"), run.seconds))
     seconds = time.monotonic() - started

@@ -23,6 +23,7 @@ from dery_cli.commands._options import (
 )
 from dery_cli.config import AUTO, EmbedConfig, show_count
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.launcher import alone_by_mistake
 from dery_cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def embed(
         bool,
         typer.Option(
             "--skip-bad",
-            help="Leave donors with NaN or infinite features out, here and in all later stages.",
+            help="Leave out images that cannot be decoded, and donors with NaN or infinite "
+            "features, here and in all later stages.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -107,11 +109,12 @@ def embed(
         batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
         dtype=dtype,
         crop=crop,
+        skip_bad=skip_bad,
         seed=seed,
         workers=workers,
     )
     from dery_cli.embedder import Embedder
-    from dery_cli.processes import alone_by_mistake, open_processes
+    from dery_cli.processes import open_processes
 
     space = open_workspace(workspace)
     if (warning := alone_by_mistake()) is not None:
@@ -123,7 +126,7 @@ def embed(
             except DeryError as error:
                 code = error.exit_code
             raise typer.Exit(code)
-        return _lead(terminal, space, config, processes, donor, skip_bad=skip_bad, dry_run=dry_run)
+        return _lead(terminal, space, config, processes, donor, dry_run=dry_run)
 
 
 def _lead(
@@ -133,17 +136,16 @@ def _lead(
     processes: Processes,
     chosen: list[str] | None,
     *,
-    skip_bad: bool,
     dry_run: bool,
 ) -> Result:
     """The command, in the process that decides, locks, writes and prints."""
-    from dery_cli.data import open_data
+    from dery_cli.data import open_checked
     from dery_cli.embedder import Embedder
     from dery_cli.embeddings import choose_calibration
     from dery_cli.zoo import require_zoo
 
     _choose(require_zoo(space), chosen)
-    images = open_data(config.data)
+    images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
     calibration = choose_calibration(config, images)
     count = len(calibration.indices)
     if count < config.samples and config.samples != EmbedConfig.samples:
@@ -159,7 +161,7 @@ def _lead(
         # another dery may have worked here until now
         plan = _plan(space, _choose(require_zoo(space), chosen), config, calibration)
         for name, error in plan.bad.items():
-            if not skip_bad:
+            if not config.skip_bad:
                 raise DeryError(f"{name}: {error.message}", error.hint, details=error.details)
             terminal.warn(f"{name} is left out: {error.message}")
         if not plan.todo:
@@ -172,7 +174,7 @@ def _lead(
             try:
                 _embed_one(terminal, space, plan.donors[name], config, record, embedder, processes)
             except DeryError as error:
-                if not (skip_bad and error.details and "node" in error.details):
+                if not (config.skip_bad and error.details and "node" in error.details):
                     raise DeryError(
                         f"{name}: {error.message}", error.hint, details=error.details
                     ) from error

@@ -12,12 +12,13 @@ from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
     Result,
+    SkipBadOption,
     WorkersOption,
     WorkspaceOption,
     command,
     open_workspace,
 )
-from dery_cli.data import ImageDataset, open_data
+from dery_cli.data import ImageDataset, open_checked
 from dery_cli.errors import StaleError, UsageError
 from dery_cli.terminal import Terminal
 
@@ -35,6 +36,7 @@ def evaluate(
         ),
     ] = None,
     data: DataOption = None,
+    skip_bad: SkipBadOption = False,
     split: Annotated[str, typer.Option("--split", help="Which images: test or train.")] = "test",
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images a batch.")] = 256,
     confusion: Annotated[
@@ -61,7 +63,9 @@ def evaluate(
         raise UsageError(
             f"{folder} has no head: it was made without labels", "dery assemble --data SPEC"
         )
-    dataset = open_data(data or assembly.record.data["target"])
+    target = assembly.record.data
+    skip_bad = skip_bad or (data is None and target.get("target_skip_bad", False))
+    dataset = open_checked(terminal, data or target["target"], skip_bad=skip_bad)
     check_classes(dataset, assembly.classes)
     images = dataset.test if split == "test" else dataset.train
     if images is None:

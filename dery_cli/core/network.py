@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from dery_cli.core.dissect import Dissection
 from dery_cli.core.ridge import LinearClassifier
-from dery_cli.core.stitch import Stitch, StitchFit, fit_stitch, reestimate_batch_norm
-from dery_cli.types import BlockRef, Node
+from dery_cli.core.stitch import Stitch
+from dery_cli.core.stitch_choice import choose_class_weight
+from dery_cli.core.stitch_fit import (
+    StitchFit,
+    StitchRegression,
+    fit_stitch,
+    reestimate_batch_norm,
+)
+from dery_cli.types import BlockRef, Node, StitchKind
 
 KEEP_BYTES = 4 << 30
 """Calibration tensors at joints are kept in memory up to this size, else computed anew."""
@@ -147,8 +154,11 @@ class NetworkBuilder:
 
     Args:
         donors: Dissected donors by name, in eval mode, all on one device.
-        views: Calibration images as the named donor sees them; the same images, order and batches
-            for every donor.
+        views: Images as the named donor sees them; the same images, order and batches for every
+            donor.
+        labels: Their classes; None fits stitches without.
+        kind: What stitches are made of.
+        seed: Of the random weights of ``paper`` stitches.
         keep_bytes: Memory for calibration tensors at joints.
     """
 
@@ -157,10 +167,16 @@ class NetworkBuilder:
         donors: Donors,
         views: Callable[[str], Iterable[Tensor]],
         *,
+        labels: Sequence[int] | None = None,
+        kind: StitchKind = StitchKind.LINEAR,
+        seed: int = 0,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self._donors = donors
         self._views = views
+        self._labels = labels
+        self._kind = kind
+        self._seed = seed
         self._budget = MemoryBudget(keep_bytes)
         self._prefixes: dict[tuple[BlockRef, ...], _Prefix] = {}
         self._targets: dict[tuple[str, int], Batches] = {}
@@ -203,9 +219,10 @@ class NetworkBuilder:
             device = next(iter(block.parameters())).device
             source = self.node(previous.donor, previous.stop)
             target = self.node(last.donor, last.start)
-            stitch = Stitch(source, target).to(device).eval()
-            wanted = self._target(last.donor, last.start)
-            fit = fit_stitch(stitch, lambda: zip(before.outputs(), wanted(), strict=True))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed + len(before.blocks))
+                stitch = Stitch(source, target, self._kind).to(device).eval()
+            fit = self._fit(stitch, before.outputs, last, block)
             inputs = replay(before.outputs, stitch, self._budget)
         if stitch is not None or any(s is not None for s in before.stitches):
             block = copy.deepcopy(block)
@@ -216,6 +233,20 @@ class NetworkBuilder:
             (*before.fits, fit),
             replay(inputs, block, self._budget),
         )
+
+    def _fit(self, stitch: Stitch, outputs: Batches, last: BlockRef, block: nn.Module) -> StitchFit:
+        if self._kind is StitchKind.PAPER:
+            reestimate_batch_norm(stitch, outputs)
+            return fit_stitch(stitch, list)
+        wanted = self._target(last.donor, last.start)
+        regression = StitchRegression(
+            stitch, lambda: zip(outputs(), wanted(), strict=True), labels=self._labels
+        )
+        weight = 0.0
+        if self._labels is not None:
+            after = self.node(last.donor, last.stop)
+            weight = choose_class_weight(regression, block, after, outputs, self._labels)
+        return regression.fit(weight)
 
     def _target(self, donor: str, node: int) -> Batches:
         """What ``donor`` has at ``node`` on the calibration images."""

@@ -1,7 +1,7 @@
 """Ridge regression from streamed normal equations, and the closed-form classifier built on it.
 
 Legend: N samples, R rows (samples times positions), G grid positions, C input channels, D output
-channels, F folds.
+channels, F folds, K classes, Z cells of positions.
 
 Everything is accumulated in float64. A fold keeps its own sums, so that leave-one-fold-out
 cross-validation needs no second pass over the data: the statistics of the training part are the
@@ -29,24 +29,62 @@ class _Sums:
     square: Tensor
     sum_x_GC: Tensor
     sum_y_GD: Tensor
+    class_x_KZC: Tensor
+    class_y_KZD: Tensor
+    images_K: Tensor
     images: float = 0.0
 
     @classmethod
-    def zeros(cls, groups: int, c: int, d: int, device: torch.device) -> _Sums:
+    def zeros(
+        cls, groups: int, c: int, d: int, classes: int, cells: int, device: torch.device
+    ) -> _Sums:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        return cls(empty(c, c), empty(c, d), empty(1)[0], empty(groups, c), empty(groups, d))
+        return cls(
+            gram_CC=empty(c, c),
+            cross_CD=empty(c, d),
+            square=empty(1)[0],
+            sum_x_GC=empty(groups, c),
+            sum_y_GD=empty(groups, d),
+            class_x_KZC=empty(classes, cells, c),
+            class_y_KZD=empty(classes, cells, d),
+            images_K=empty(classes),
+        )
 
     def combine(self, other: _Sums, sign: float) -> _Sums:
-        return _Sums(
-            self.gram_CC + sign * other.gram_CC,
-            self.cross_CD + sign * other.cross_CD,
-            self.square + sign * other.square,
-            self.sum_x_GC + sign * other.sum_x_GC,
-            self.sum_y_GD + sign * other.sum_y_GD,
-            self.images + sign * other.images,
+        pairs = {
+            field.name: getattr(self, field.name) + sign * getattr(other, field.name)
+            for field in dataclasses.fields(self)
+        }
+        return _Sums(**pairs)
+
+    def class_offsets(self, cell_G: Tensor) -> Tensor:
+        """In each cell a class's mean output less that of all, (K, Z, D); 0 for an empty class."""
+        size_Z = torch.bincount(cell_G, minlength=self.class_y_KZD.shape[1])[:, None]
+        mean_ZD = self.class_y_KZD.sum(0) / (self.images * size_Z)
+        mean_KZD = self.class_y_KZD / (self.images_K.clamp(min=1)[:, None, None] * size_Z)
+        return torch.where(self.images_K[:, None, None] > 0, mean_KZD - mean_ZD, 0.0)
+
+    def moved(self, offset_KZD: Tensor, cell_G: Tensor) -> _Sums:
+        """The statistics with ``offset_KZD[class, cell]`` added to every output."""
+        size_Z = torch.bincount(cell_G, minlength=self.class_y_KZD.shape[1])
+        added = 2 * (self.class_y_KZD * offset_KZD).sum()
+        added = added + (self.images_K @ (offset_KZD.square().sum(2) @ size_Z.double()))
+        total_ZD = torch.einsum("k,kzd->zd", self.images_K, offset_KZD)
+        return dataclasses.replace(
+            self,
+            cross_CD=self.cross_CD + self.class_x_KZC.flatten(0, 1).T @ offset_KZD.flatten(0, 1),
+            square=self.square + added,
+            sum_y_GD=self.sum_y_GD + total_ZD[cell_G],
         )
+
+
+def _added(folds: Sequence[_Sums]) -> _Sums:
+    total = folds[0]
+    for sums in folds[1:]:
+        total = total.combine(sums, 1.0)
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +94,7 @@ class RidgeFit:
     Args:
         weight_CD: The map W.
         bias_GD: The offset b, one row a position, or a single row shared by all.
-        r2: Cross-validated R2 over all outputs, 1 - SSE/SST; minus infinity is never returned.
+        r2: Cross-validated R2 of the plain regression over all outputs, 1 - SSE/SST; at least -1.
         penalty: The chosen penalty in units of the mean eigenvalue.
     """
 
@@ -74,6 +112,8 @@ class RidgeStatistics:
         in_chs: C.
         out_chs: D.
         folds: F; a sample belongs to one fold with all its positions.
+        classes: K of the samples' labels; 0 where they have none.
+        cells: The cell (from 0) of each position, in which class means are taken; None is one cell.
         device: Where the sums are kept.
     """
 
@@ -84,21 +124,30 @@ class RidgeStatistics:
         out_chs: int,
         *,
         folds: int = 4,
+        classes: int = 0,
+        cells: Sequence[int] | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
         self.groups, self.in_chs, self.out_chs = groups, in_chs, out_chs
-        self.folds = [_Sums.zeros(groups, in_chs, out_chs, self.device) for _ in range(folds)]
+        self.cell_G = torch.tensor(cells or [0] * groups, device=self.device)
+        num_cells = int(self.cell_G.max()) + 1
+        self.folds = [
+            _Sums.zeros(groups, in_chs, out_chs, classes, num_cells, self.device)
+            for _ in range(folds)
+        ]
 
-    def update(self, x_NGC: Tensor, y_NGD: Tensor, fold_N: Tensor) -> None:
-        """Add samples; ``fold_N`` says which fold each belongs to."""
+    def update(
+        self, x_NGC: Tensor, y_NGD: Tensor, fold_N: Tensor, label_N: Tensor | None = None
+    ) -> None:
+        """Add samples; ``fold_N`` says which fold each belongs to, ``label_N`` which class."""
         x_NGC = x_NGC.to(self.device, torch.float64)
         y_NGD = y_NGD.to(self.device, torch.float64)
         for index, sums in enumerate(self.folds):
-            rows = (fold_N == index).nonzero().flatten().to(self.device)
+            rows = (fold_N == index).nonzero().flatten()
             if len(rows) == 0:
                 continue
-            x, y = x_NGC[rows], y_NGD[rows]
+            x, y = x_NGC[rows.to(self.device)], y_NGD[rows.to(self.device)]
             x_RC, y_RD = x.flatten(0, 1), y.flatten(0, 1)
             sums.gram_CC += x_RC.T @ x_RC
             sums.cross_CD += x_RC.T @ y_RD
@@ -106,41 +155,77 @@ class RidgeStatistics:
             sums.sum_x_GC += x.sum(0)
             sums.sum_y_GD += y.sum(0)
             sums.images += len(rows)
+            if label_N is not None:
+                label = label_N[rows].to(self.device)
+                sums.class_x_KZC.index_add_(0, label, self._by_cell(x))
+                sums.class_y_KZD.index_add_(0, label, self._by_cell(y))
+                sums.images_K += torch.bincount(label, minlength=len(sums.images_K))
+
+    def _by_cell(self, x_NGC: Tensor) -> Tensor:
+        """Sums over the positions of each cell."""
+        shape = (len(x_NGC), int(self.cell_G.max()) + 1, x_NGC.shape[2])
+        return x_NGC.new_zeros(shape).index_add_(1, self.cell_G, x_NGC)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (C) and covariance (C, C) of the inputs, positions not told apart."""
+        total = _added(self.folds)
+        centred = _Centred.of(total, position_bias=False)
+        return centred.mean_x_GC[0], centred.gram_CC / (total.images * self.groups)
 
     def solve(
-        self, *, position_bias: bool, penalties: Sequence[float] = RIDGE_PENALTIES
+        self,
+        *,
+        position_bias: bool,
+        penalties: Sequence[float] = RIDGE_PENALTIES,
+        class_weight: float = 0.0,
+        only: Sequence[int] | None = None,
     ) -> RidgeFit:
         """The ridge map, its penalty chosen by cross-validation over the folds.
+
+        With a ``class_weight`` b the map is fitted to y + b (mean of the sample's class - mean of
+        all) instead of y, the means those of the folds it is fitted on: what tells the classes
+        apart then counts 1 + b times, and is not regressed away where y is hard to predict.
 
         Args:
             position_bias: One offset a position instead of one for all.
             penalties: Candidates, in units of the mean eigenvalue of the centred Gram.
+            class_weight: b; anything but 0 needs labels.
+            only: The folds to use; None is all.
         """
-        total = self.folds[0]
-        for sums in self.folds[1:]:
-            total = total.combine(sums, 1.0)
-        used = [sums for sums in self.folds if sums.images > 0]
-        errors = torch.zeros(len(penalties), dtype=torch.float64, device=self.device)
-        spread = torch.zeros((), dtype=torch.float64, device=self.device)
+        folds = self.folds if only is None else [self.folds[index] for index in only]
+        total = _added(folds)
+        used = [sums for sums in folds if sums.images > 0]
+        plain, moved = (torch.zeros(len(penalties), dtype=torch.float64) for _ in range(2))
+        spread = 0.0
         if len(used) > 1:
             for held_out in used:
-                train = _Centred.of(total.combine(held_out, -1.0), position_bias)
-                test = _Centred.of(held_out, position_bias, centre=train)
-                errors += train.errors(test, penalties)
-                spread += test.square
-            best = int(errors.argmin())
-            r2 = float(1 - errors[best] / spread) if spread > 0 else 0.0
+                train = total.combine(held_out, -1.0)
+                centred = _Centred.of(train, position_bias)
+                basis = _Basis.of(centred.gram_CC)
+                test = _Centred.of(held_out, position_bias, centre=centred)
+                plain += basis.errors(centred, test, penalties)
+                spread += float(test.square)
+                if class_weight:
+                    offset_KZD = class_weight * train.class_offsets(self.cell_G)
+                    centred = _Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)
+                    other = held_out.moved(offset_KZD, self.cell_G)
+                    test = _Centred.of(other, position_bias, centre=centred)
+                    moved += basis.errors(centred, test, penalties)
+            best = int((moved if class_weight else plain).argmin())
+            r2 = 1 - float(plain.min()) / spread if spread > 0 else 0.0
         else:
             best, r2 = len(penalties) // 2, 0.0
+        if class_weight:
+            total = total.moved(class_weight * total.class_offsets(self.cell_G), self.cell_G)
         centred = _Centred.of(total, position_bias)
-        weight_CD = centred.weights(penalties[best])
+        weight_CD = _Basis.of(centred.gram_CC).weights(centred.cross_CD, penalties[best])
         bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
         return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), penalties[best])
 
 
 @dataclasses.dataclass
 class _Centred:
-    """Centred second moments, and the eigenbasis of the input Gram."""
+    """Centred second moments."""
 
     gram_CC: Tensor
     cross_CD: Tensor
@@ -165,32 +250,40 @@ class _Centred:
         square = sums.square - 2 * (sum_y * mean_y).sum() + count * mean_y.square().sum()
         return cls(gram, cross, square, mean_x, mean_y)
 
-    def _eigen(self) -> tuple[Tensor, Tensor, float]:
-        values, vectors = torch.linalg.eigh(self.gram_CC)
+
+@dataclasses.dataclass
+class _Basis:
+    """Eigenbasis of a centred input Gram, in which ridge maps of any penalty are one division."""
+
+    values_C: Tensor
+    vectors_CC: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, gram_CC: Tensor) -> _Basis:
+        values, vectors = torch.linalg.eigh(gram_CC)
         values = values.clamp(min=0)
-        return values, vectors, float(values.mean())
+        return cls(values, vectors, float(values.mean()))
 
-    def weights(self, penalty: float) -> Tensor:
-        values, vectors, scale = self._eigen()
-        if scale == 0:
-            return torch.zeros_like(self.cross_CD)
-        shrunk_CD = (vectors.T @ self.cross_CD) / (values + penalty * scale)[:, None]
-        return vectors @ shrunk_CD
+    def weights(self, cross_CD: Tensor, penalty: float) -> Tensor:
+        if self.scale == 0:
+            return torch.zeros_like(cross_CD)
+        shrunk_CD = (self.vectors_CC.T @ cross_CD) / (self.values_C + penalty * self.scale)[:, None]
+        return self.vectors_CC @ shrunk_CD
 
-    def errors(self, test: _Centred, penalties: Sequence[float]) -> Tensor:
-        """Squared error on ``test`` of the maps for each penalty."""
-        values, vectors, scale = self._eigen()
-        if scale == 0:
-            return test.square.expand(len(penalties)).clone()
-        cross_CD = vectors.T @ self.cross_CD
-        test_cross_CD = vectors.T @ test.cross_CD
-        test_gram_CC = vectors.T @ test.gram_CC @ vectors
+    def errors(self, train: _Centred, test: _Centred, penalties: Sequence[float]) -> Tensor:
+        """Squared error on ``test`` of the maps fitted to ``train`` for each penalty."""
+        if self.scale == 0:
+            return test.square.expand(len(penalties)).cpu()
+        cross_CD = self.vectors_CC.T @ train.cross_CD
+        test_cross_CD = self.vectors_CC.T @ test.cross_CD
+        test_gram_CC = self.vectors_CC.T @ test.gram_CC @ self.vectors_CC
         answer = []
         for penalty in penalties:
-            weight_CD = cross_CD / (values + penalty * scale)[:, None]
+            weight_CD = cross_CD / (self.values_C + penalty * self.scale)[:, None]
             fitted = (weight_CD * (test_gram_CC @ weight_CD)).sum()
             answer.append(test.square - 2 * (weight_CD * test_cross_CD).sum() + fitted)
-        return torch.stack(answer)
+        return torch.stack(answer).cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,12 +326,8 @@ def fit_classifier(
         num_classes: D.
         folds: Cross-validation folds, fewer where a class has fewer members.
     """
-    x_NC = x_NC.double().cpu()
     label_N = label_N.cpu()
-    mean_C = x_NC.mean(0)
-    std_C = x_NC.std(0, correction=0)
-    scale_C = torch.where(std_C > 1e-8 * std_C.max().clamp(min=1e-30), 1 / std_C, 0.0)
-    z_NC = (x_NC - mean_C) * scale_C
+    z_NC, mean_C, scale_C = _standardised(x_NC)
     target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
     fold_N = stratified_folds(label_N, folds)
     score_PND = _cross_validated_scores(z_NC, target_ND, fold_N, folds)
@@ -253,6 +342,14 @@ def fit_classifier(
     weight_CD = temperature * weight_CD * scale_C[:, None]
     bias_D = temperature * offset_D - mean_C @ weight_CD
     return LinearClassifier(weight_CD, bias_D, float(hits_P[best]))
+
+
+def _standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each channel less its mean over its deviation; the means and the factors."""
+    x_NC = x_NC.double().cpu()
+    mean_C, std_C = x_NC.mean(0), x_NC.std(0, correction=0)
+    scale_C = torch.where(std_C > 1e-8 * std_C.max().clamp(min=1e-30), 1 / std_C, 0.0)
+    return (x_NC - mean_C) * scale_C, mean_C, scale_C
 
 
 def _kernel_ridge(
@@ -291,3 +388,15 @@ def _best_temperature(score_ND: Tensor, label_N: Tensor) -> float:
 def probe_accuracy(x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int = 5) -> float:
     """Cross-validated accuracy of the closed-form classifier: the probe q at a node."""
     return fit_classifier(x_NC, label_N, num_classes, folds=folds).accuracy
+
+
+def probe_error(x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int = 5) -> float:
+    """Cross-validated squared error of the closed-form classifier, summed over classes.
+
+    Finer than the accuracy: it tells two feature sets apart on a few hundred samples.
+    """
+    z_NC, _, _ = _standardised(x_NC)
+    label_N = label_N.cpu()
+    target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
+    score_PND = _cross_validated_scores(z_NC, target_ND, stratified_folds(label_N, folds), folds)
+    return float((score_PND - target_ND).square().sum(-1).mean(-1).min())

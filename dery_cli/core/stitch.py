@@ -1,4 +1,4 @@
-"""Stitches: the layer that joins two blocks of different donors, fitted in closed form.
+"""Stitches: the layer that joins two blocks of different donors. ``stitch_fit`` fits it.
 
 Legend: N images, G grid positions, T prefix tokens, C source channels, D target channels.
 
@@ -7,26 +7,18 @@ own nodes, between any two layouts: resample to the target's grid (area average 
 map channels with a 1x1 convolution, predict the prefix tokens the target expects from the pooled
 features and the source's own prefix tokens, and, into token blocks, add one bias a position, since
 position embeddings live in the stem that was left behind.
-
-The fit is ridge regression from what the assembled network really delivers at the source to what
-the target's donor saw there on the same images.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dery_cli.core.ridge import RidgeStatistics
-from dery_cli.types import Layout, Node
-
-FIT_POSITIONS = 196
-"""Grid positions an image may add to a fit without position bias; more are thinned out evenly."""
+from dery_cli.types import Layout, Node, StitchKind
 
 
 def grid_size(node: Node) -> int:
@@ -73,25 +65,53 @@ def resample(grid_NCHW: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Stitch(nn.Module):
-    """The linear stitch from ``source`` to ``target``.
+    """The stitch from ``source`` to ``target``.
 
-    Parameters: ``channels`` (1x1 convolution C -> D with bias), ``position`` (one bias a grid
-    position, for token targets) and ``prefix`` (linear map to the target's prefix tokens).
+    ``linear``: a 1x1 convolution C -> D. ``mlp``: two of them with a GELU between, 2 min(C, D)
+    channels wide. ``paper``: batch norm, 1x1 convolution, LeakyReLU(0.1), and into tokens layer
+    norm and a linear map (Yang et al., NeurIPS 2022), meant to be trained from random weights.
+
+    Parameters: ``channels`` (the map above), ``position`` (one bias a grid position, for token
+    targets, but under ``paper``) and ``prefix`` (linear map to the target's prefix tokens).
+
+    Args:
+        source: Node the stitch begins at.
+        target: Node it ends at.
+        kind: Of the channel map.
     """
 
-    def __init__(self, source: Node, target: Node) -> None:
+    def __init__(self, source: Node, target: Node, kind: StitchKind = StitchKind.LINEAR) -> None:
         super().__init__()
-        self.source, self.target = source, target
-        self.channels = nn.Conv2d(source.num_chs, target.num_chs, kernel_size=1)
+        self.source, self.target, self.kind = source, target, kind
+        self.channels = _channel_map(source, target, kind)
         self.position: nn.Parameter | None = None
         self.prefix: nn.Linear | None = None
-        if _has_position(target):
+        if _has_position(target, kind):
             self.position = nn.Parameter(torch.zeros(1, target.num_chs, *target.grid))
         if target.num_prefix_tokens:
             self.prefix = nn.Linear(
                 source.num_chs * (1 + source.num_prefix_tokens),
                 target.num_chs * target.num_prefix_tokens,
             )
+
+    @property
+    def output(self) -> nn.Conv2d:
+        """The last 1x1 convolution: what a closed-form fit sets."""
+        layer = self.channels
+        if isinstance(layer, nn.Sequential):
+            layer = next(m for m in reversed(layer) if isinstance(m, nn.Conv2d))
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    def hidden(self, grid_NCHW: Tensor) -> Tensor:
+        """What ``output`` is applied to, on the target's grid."""
+        before = nn.Sequential()
+        if isinstance(self.channels, nn.Sequential):
+            before = self.channels[: list(self.channels).index(self.output)]
+        if _convolve_first(self.source, self.target):
+            return resample(before(grid_NCHW), self.target.grid)
+        hidden: Tensor = before(resample(grid_NCHW, self.target.grid))
+        return hidden
 
     def forward(self, x: Tensor) -> Tensor:
         grid_NCHW, prefix_NTC = split_tokens(x, self.source)
@@ -108,19 +128,40 @@ class Stitch(nn.Module):
         return join_tokens(y_NDHW, tokens_NTD, self.target)
 
     def extra_repr(self) -> str:
-        return f"{_brief(self.source)} -> {_brief(self.target)}"
+        return f"{self.kind}: {_brief(self.source)} -> {_brief(self.target)}"
+
+
+def _channel_map(source: Node, target: Node, kind: StitchKind) -> nn.Module:
+    c, d = source.num_chs, target.num_chs
+    if kind is StitchKind.MLP:
+        width = mlp_width(source, target)
+        return nn.Sequential(nn.Conv2d(c, width, 1), nn.GELU(), nn.Conv2d(width, d, 1))
+    if kind is StitchKind.PAPER:
+        if target.layout is Layout.NCHW:
+            return nn.Sequential(nn.BatchNorm2d(c), nn.Conv2d(c, d, 1), nn.LeakyReLU(0.1))
+        return nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, d, 1))
+    return nn.Conv2d(c, d, 1)
+
+
+def mlp_width(source: Node, target: Node) -> int:
+    """Hidden channels of the ``mlp`` stitch: a pair for each of min(C, D) directions.
+
+    GELU(u) - GELU(-u) = u, so a pair of opposite units passes a direction on unchanged, and the
+    two layers can do whatever the linear stitch can.
+    """
+    return 2 * min(source.num_chs, target.num_chs)
 
 
 def _brief(node: Node) -> str:
     return f"{node.layout}{node.shape}"
 
 
-def _has_position(target: Node) -> bool:
-    return target.layout is Layout.NLC
+def _has_position(target: Node, kind: StitchKind) -> bool:
+    return target.layout is Layout.NLC and kind is not StitchKind.PAPER
 
 
 def _convolve_first(source: Node, target: Node) -> bool:
-    """The 1x1 convolution and the resampling commute; convolve on the smaller grid."""
+    """A 1x1 convolution and the resampling commute; convolve on the smaller grid."""
     return grid_size(source) < grid_size(target)
 
 
@@ -137,12 +178,18 @@ class StitchCost:
     flops: int
 
 
-def stitch_cost(source: Node, target: Node) -> StitchCost:
-    """Cost of ``Stitch(source, target)``, without building it."""
+def stitch_cost(source: Node, target: Node, kind: StitchKind = StitchKind.LINEAR) -> StitchCost:
+    """Cost of ``Stitch(source, target, kind)``, without building it."""
     c, d = source.num_chs, target.num_chs
-    params = c * d + d
-    flops = c * d * min(grid_size(source), grid_size(target))
-    if _has_position(target):
+    cells = min(grid_size(source), grid_size(target))
+    if kind is StitchKind.MLP:
+        width = mlp_width(source, target)
+        params, flops = (c + 1) * width + (width + 1) * d, (c + d) * width * cells
+    else:
+        params, flops = c * d + d, c * d * cells
+        if kind is StitchKind.PAPER:
+            params += 2 * c
+    if _has_position(target, kind):
         params += d * grid_size(target)
     if target.num_prefix_tokens:
         inputs = c * (1 + source.num_prefix_tokens)
@@ -150,128 +197,3 @@ def stitch_cost(source: Node, target: Node) -> StitchCost:
         params += inputs * outputs + outputs
         flops += inputs * outputs
     return StitchCost(params, flops)
-
-
-@dataclasses.dataclass(frozen=True)
-class StitchFit:
-    """How well a stitch was fitted.
-
-    Args:
-        r2: Cross-validated R2 at the target's grid positions.
-        prefix_r2: The same for its prefix tokens; None where it expects none.
-    """
-
-    r2: float
-    prefix_r2: float | None
-
-
-PairedBatches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Starts a pass over calibration batches: (source tensor, target tensor) of the same images."""
-
-
-def fit_stitch(stitch: Stitch, batches: PairedBatches, *, folds: int = 4) -> StitchFit:
-    """Fit a stitch in closed form, in place.
-
-    Args:
-        stitch: Layer to fit.
-        batches: One pass gives pairs (what the network delivers at ``stitch.source``, what the
-            target's donor has at ``stitch.target``), each with the batch first.
-        folds: Cross-validation folds; image i of the pass belongs to fold i mod ``folds``.
-
-    Raises:
-        ValueError: The pass gave no image.
-    """
-    source, target = stitch.source, stitch.target
-    device = stitch.channels.weight.device
-    use_position = stitch.position is not None
-    kept = _kept_positions(target, use_position)
-    rows = RidgeStatistics(len(kept), source.num_chs, target.num_chs, folds=folds, device=device)
-    tokens: RidgeStatistics | None = None
-    if stitch.prefix is not None:
-        tokens = RidgeStatistics(
-            1, stitch.prefix.in_features, stitch.prefix.out_features, folds=folds, device=device
-        )
-    counter = itertools.count()
-    images = 0
-    with torch.no_grad():
-        for source_x, target_x in batches():
-            grid_NCHW, prefix_NTC = split_tokens(source_x, source)
-            wanted_NDHW, wanted_NTD = split_tokens(target_x, target)
-            fold_N = torch.tensor([next(counter) % folds for _ in range(len(source_x))])
-            x_NGC = resample(grid_NCHW, target.grid).flatten(2).transpose(1, 2)
-            y_NGD = wanted_NDHW.flatten(2).transpose(1, 2)
-            rows.update(x_NGC[:, kept], y_NGD[:, kept], fold_N)
-            if tokens is not None:
-                x_NC = prefix_inputs(grid_NCHW, prefix_NTC)
-                tokens.update(x_NC[:, None], wanted_NTD.flatten(1)[:, None], fold_N)
-            images += len(source_x)
-        if images == 0:
-            raise ValueError("no calibration image to fit a stitch with")
-        fit = rows.solve(position_bias=use_position)
-        _copy(stitch.channels.weight, fit.weight_CD.T[:, :, None, None])
-        if stitch.position is not None:
-            mean_D = fit.bias_GD.mean(0)
-            _copy(_required(stitch.channels.bias), mean_D)
-            _copy(stitch.position, (fit.bias_GD - mean_D).T.reshape(1, -1, *target.grid))
-        else:
-            _copy(_required(stitch.channels.bias), fit.bias_GD[0])
-        prefix_r2 = None
-        if tokens is not None and stitch.prefix is not None:
-            token_fit = tokens.solve(position_bias=False)
-            _copy(stitch.prefix.weight, token_fit.weight_CD.T)
-            _copy(stitch.prefix.bias, token_fit.bias_GD[0])
-            prefix_r2 = token_fit.r2
-    return StitchFit(fit.r2, prefix_r2)
-
-
-def _required(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
-
-
-def _copy(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value.to(parameter.dtype))
-
-
-def _kept_positions(target: Node, use_position: bool) -> list[int]:
-    """Position biases need every position; otherwise large grids are thinned evenly."""
-    count = grid_size(target)
-    if use_position or count <= FIT_POSITIONS:
-        return list(range(count))
-    return [(i * count) // FIT_POSITIONS for i in range(FIT_POSITIONS)]
-
-
-def batch_norms(module: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
-    """The batch-norm layers of a module that keep running statistics."""
-    for child in module.modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.track_running_stats:
-            yield child
-
-
-def reestimate_batch_norm(block: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> int:
-    """Set the running statistics of a block's batch norms to those of its present inputs.
-
-    One pass in which only the batch norms are in training mode, their averages cumulative.
-
-    Returns:
-        The number of layers touched; 0 means that no pass was made.
-    """
-    layers = list(batch_norms(block))
-    if not layers:
-        return 0
-    momenta = [layer.momentum for layer in layers]
-    block.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
-    try:
-        with torch.no_grad():
-            for x in batches():
-                if len(x) > 1:
-                    block(x)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            layer.eval()
-    return len(layers)

@@ -26,10 +26,12 @@ class TrainTransform:
     Args:
         input: Size and normalisation of the network.
         steps: From image to augmented image of the network's size, one after the other.
+        torch_only: Whether all they draw comes from torch's generator.
     """
 
     input: InputSpec
     steps: tuple[ImageStep, ...]
+    torch_only: bool
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         image = to_mode(image, self.input.in_chans)
@@ -93,7 +95,8 @@ def train_transform(
             "magnitude_max": 9.9,  # at 10 timm posterizes to 0 bits, which Pillow refuses
         }
         steps.append(rand_augment_transform(f"rand-m{config.randaugment}-mstd0.5-inc1", hparams))
-    return TrainTransform(input=input, steps=tuple(steps))
+    timms = config.crop_scale is not None or config.randaugment is not None
+    return TrainTransform(input=input, steps=tuple(steps), torch_only=not timms)
 
 
 def make_mixup(config: FinetuneConfig, classes: int) -> Mixup | None:

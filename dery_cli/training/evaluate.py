@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from dery_cli.errors import UsageError
+from dery_cli.training.items import Items, collate, raising
 from dery_cli.training.sampling import check_labels, labels_of
 
 
@@ -138,7 +139,11 @@ def evaluate(
     device = torch.device(device)
     model.to(device)
     loader = DataLoader(
-        dataset, batch_size=batch_size, num_workers=workers, pin_memory=device.type == "cuda"
+        Items(dataset),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
     )
     tally, times, began = Tally(len(classes)), [], time.perf_counter()
     with evaluating(model):
@@ -191,7 +196,7 @@ def _result(
 def _to_device(
     loader: Iterable[Any], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for images_BCHW, labels_B in loader:
+    for images_BCHW, labels_B in raising(loader):
         yield images_BCHW.to(device, non_blocking=True), labels_B.to(device, non_blocking=True)
 
 

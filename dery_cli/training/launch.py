@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.processes import launched_on_cpus
+from dery_cli.training.optim import batch_norms
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.runlog import run_lock
 
@@ -32,7 +36,7 @@ def make_accelerator(config: FinetuneConfig, device: str | torch.device | None) 
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return Accelerator(
-            cpu=chosen is not None and chosen.type == "cpu",
+            cpu=launched_on_cpus() if chosen is None else chosen.type == "cpu",
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.grad_accum,
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
@@ -63,3 +67,26 @@ def locked(accelerator: Accelerator, run_dir: Path) -> Iterator[None]:
         if failure is not None:
             raise failure
         yield
+
+
+def share_batch_norms(
+    accelerator: Accelerator, trainee: nn.Module, warn: Callable[[str], None]
+) -> None:
+    """Let batch norms see the whole batch of all processes, or warn that they cannot."""
+    norms = batch_norms(trainee)
+    if not norms or accelerator.num_processes == 1:
+        return
+    if accelerator.device.type == "cuda":
+        convert_sync_batchnorm(trainee)
+        return
+    first = norms[0].removeprefix("model.")
+    warn(
+        f"{len(norms)} batch norms ({first}, ...) see only their own process's part of each batch "
+        "on the CPU: the numbers depend on the number of processes"
+    )
+
+
+def agree_on_signal(accelerator: Accelerator, received: int | None) -> int | None:
+    """The signal that any of the processes received, for all of them to act on."""
+    own = torch.tensor([received or 0], device=accelerator.device)
+    return int(accelerator.gather(own).max()) or None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dery_cli.training.evaluate import Tally, check_logits, evaluating, score_batch
+from dery_cli.training.items import Items, collate, raising
 from dery_cli.training.plan import Plan
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.sampling import SeededDataset, StreamSampler
@@ -46,13 +47,14 @@ def valid_loader(
     processes = accelerator.num_processes
     size = max(2 * plan.batch_size // processes, 1) * processes
     return accelerator.prepare_data_loader(
-        DataLoader(dataset, batch_size=size, **_options(accelerator, config))
+        DataLoader(Items(dataset), batch_size=size, **_options(accelerator, config))
     )
 
 
 def _options(accelerator: Accelerator, config: FinetuneConfig) -> dict[str, Any]:
     return {
         "num_workers": config.workers,
+        "collate_fn": collate,
         "worker_init_fn": ignore_in_worker,
         "pin_memory": accelerator.device.type == "cuda",
         "generator": torch.Generator(),  # else iterating draws from the global one
@@ -69,7 +71,7 @@ def score(
             broadcast(buffer)
     tally = Tally(len(classes))
     with evaluating(network), accelerator.autocast():
-        for images_BCHW, labels_B in loader:
+        for images_BCHW, labels_B in raising(loader):
             logits_BK = network(images_BCHW)
             check_logits(logits_BK, len(classes))
             stats = score_batch(logits_BK, labels_B)

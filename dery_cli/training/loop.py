@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import Dataset
 
-from dery_cli.errors import DeryError, UsageError
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
-from dery_cli.training.launch import locked, make_accelerator
+from dery_cli.training.items import raising
+from dery_cli.training.launch import (
+    agree_on_signal,
+    locked,
+    make_accelerator,
+    share_batch_norms,
+)
 from dery_cli.training.loaders import score, train_loader, valid_loader
 from dery_cli.training.plan import Plan, make_plan
-from dery_cli.training.progress import Clock, FinetuneResult, Progress
+from dery_cli.training.progress import Clock, FinetuneResult, Progress, diverged, is_better
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.runlog import append_metrics, rewind_metrics
 from dery_cli.training.sampling import (
@@ -32,13 +36,7 @@ from dery_cli.training.sampling import (
     seed_all,
 )
 from dery_cli.training.signals import Interruption
-from dery_cli.training.state import (
-    check_identity,
-    load_strict,
-    pack_optimizer,
-    run_identity,
-    unpack_optimizer,
-)
+from dery_cli.training.state import Trained, load_strict, run_identity
 
 UPDATES_BETWEEN_CHECKS = 16
 """On an accelerator losses are looked at this seldom, since looking waits for the device."""
@@ -55,15 +53,18 @@ def finetune(
     device: str | torch.device | None = None,
     resume: bool = False,
     teacher: nn.Module | None = None,
+    teacher_identity: str = "unnamed",
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> FinetuneResult:
     """Train ``model``, keeping checkpoints and ``metrics.jsonl`` in ``run_dir``.
 
     Afterwards the model holds the best weights (averaged where they are averaged, the last ones
     without validation data), in eval mode, on the device it was trained on. Every random draw
     comes from (seed, epoch, image, update), so on a CPU a resumed run gives the same numbers as an
-    uninterrupted one to the bit. Under ``accelerate launch`` every process calls this.
+    uninterrupted one to the bit. Under ``torchrun`` or ``accelerate launch`` every process calls
+    this.
 
     Args:
         model: Maps normalised images to logits; parameters of blocks are named ``blocks.*``.
@@ -75,14 +76,16 @@ def finetune(
         device: ``cpu``, ``cuda``, ``cuda:1`` ...; None takes what Accelerate finds best.
         resume: Go on from the last checkpoint.
         teacher: Network to learn from, shown the same images (see ``Teacher``).
+        teacher_identity: Which it is; a run is resumed with the same one only.
         progress: Called after every update, in the main process.
         stop: Asked between updates; True saves a checkpoint and returns.
+        warn: Told, in one line each, what the user should know of the run.
 
     Raises:
         UsageError: Settings, data and network do not fit together.
         DeryError: The folder is in use, a checkpoint is damaged or cannot be written, or the loss
             is not finite any more.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+        KeyboardInterrupt: Ctrl-C, here or in another process, after a checkpoint was saved.
     """
     for dataset, what in ((train, "training"), (valid, "validation")):
         if dataset is not None:
@@ -90,13 +93,20 @@ def finetune(
     check_head(model, len(classes))
     accelerator = make_accelerator(config, device)
     required = {name: p.requires_grad for name, p in model.named_parameters()}
-    with random_state_kept():
-        run = _Run(accelerator, model, train, valid, config, run_dir, classes, teacher)
-        with locked(accelerator, run_dir), Interruption() as interruption:
+    identity = None if teacher is None else teacher_identity
+    alone = accelerator.num_processes == 1
+    with random_state_kept(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # DDP's own
+        run = _Run(
+            accelerator, model, train, valid, config, run_dir, classes, teacher, identity, warn
+        )
+        with locked(accelerator, run_dir), Interruption(repeated=not alone) as interruption:
             try:
                 run.begin(resume)
                 run.go(progress, lambda: interruption.received is not None or bool(stop and stop()))
                 result = run.result()
+                if not (result.finished or alone):
+                    interruption.received = agree_on_signal(accelerator, interruption.received)
             finally:
                 run.close(required)
     interruption.redeliver()
@@ -116,6 +126,8 @@ class _Run:
         run_dir: Path,
         classes: Sequence[str],
         teacher: nn.Module | None,
+        teacher_identity: str | None,
+        warn: Callable[[str], None],
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -123,28 +135,39 @@ class _Run:
         self.config = config
         self.run_dir = run_dir
         self.classes = list(classes)
+        self.warn = warn
         processes = accelerator.num_processes
         self.plan: Plan = make_plan(config, len(train), processes=processes)  # type: ignore[arg-type]
         for note in self.plan.notes:
-            warnings.warn(note, stacklevel=4)
+            warn(note)
         seed_all(derive_seed(config.seed, "adapter"))
         self.trainee = make_trainee(model, config, teacher).to(accelerator.device)
-        self.teacher = None if teacher is None else teacher.to(accelerator.device).eval()
-        self.objective = Objective(config, len(classes), self.teacher)
+        if teacher is not None:
+            teacher = teacher.to(accelerator.device).eval()
+        self.objective = Objective(config, len(classes), teacher)
         self.trainable = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
         self.fixed_norms = optim.norms_to_fix(model, config)
         groups = optim.parameter_groups(model, config)
         if self.trainee.adapter is not None:
             adapter = list(self.trainee.adapter.parameters())
             groups.append({"params": adapter, "lr": config.lr, "weight_decay": 0.0})
-        self.optimizer = accelerator.prepare_optimizer(optim.make_optimizer(groups, config))
-        self.ema = optim.make_ema(model, config)
+        optimizer = optim.make_optimizer(groups, config)
+        self.trained = Trained(
+            model=model,
+            ema=optim.make_ema(model, config),
+            adapter=self.trainee.adapter,
+            optimizer=optimizer,
+            scaler=accelerator.scaler,
+        )
+        # Accelerate's wrapper looks packages up at every step; it is needed to unscale fp16 only.
+        scaled = accelerator.scaler is not None
+        self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
         self.identity = run_identity(
             config,
             classes,
             labels_of(train),
             images=self.plan.images,
-            teacher=teacher is not None,
+            teacher=teacher_identity,
         )
         self.valid_loader = (
             None if valid is None else valid_loader(accelerator, valid, self.plan, config)
@@ -176,7 +199,7 @@ class _Run:
     def go(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool]) -> None:
         """Train to the end, or until ``stop``."""
         loader = train_loader(self.accelerator, self.train, self.plan, self.config, self.step)
-        batches = iter(loader)
+        batches = raising(loader)
         try:
             self._train(batches, progress, stop)
         finally:
@@ -209,7 +232,7 @@ class _Run:
         phase = self.plan.phase(self.step)
         if self.step == phase.start and self.step:
             self._enter_phase()
-        lr = self._lr()
+        lr = optim.head_rate(self.optimizer)
         total: torch.Tensor | float = 0.0
         for micro in range(config.grad_accum):
             images_BCHW, labels_B = next(batches)
@@ -218,15 +241,15 @@ class _Run:
             with accelerator.accumulate(self.wrapped):
                 loss = self.objective(self.wrapped, images_BCHW, labels_B)
                 accelerator.backward(loss)
-                if config.clip_grad is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.trainee.parameters(), config.clip_grad)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
             total = total + loss.detach() / config.grad_accum
+        if config.clip_grad:
+            accelerator.clip_grad_norm_(self.trainee.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         self.scheduler.step_update(self.step - phase.start)
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.step)
+        if self.trained.ema is not None:
+            self.trained.ema.update(self.model, step=self.step)
         assert isinstance(total, torch.Tensor)
         self.losses.append(total)
         return lr
@@ -250,7 +273,7 @@ class _Run:
         self.losses = []
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
-                raise self._diverged(step, loss)
+                raise diverged(self.run_dir, loss, step, self.plan.steps)
             self.loss_sum += loss
             self.loss_count += 1
             self.last_loss = loss
@@ -267,9 +290,10 @@ class _Run:
         }
         self.loss_sum, self.loss_count = 0.0, 0
         if self.valid_loader is not None:
-            line.update(score(self.accelerator, self._evaluated(), self.valid_loader, self.classes))
+            network = self.trained.evaluated
+            line.update(score(self.accelerator, network, self.valid_loader, self.classes))
         done = self.step == self.plan.steps
-        better = self._is_better(line) if self.valid_loader is not None else done
+        better = done if self.valid_loader is None else is_better(line, self.best)
         if better:
             self.best = {k: v for k, v in line.items() if k == "step" or k.startswith("valid_")}
         self.history.append(line)
@@ -277,20 +301,10 @@ class _Run:
             append_metrics(self.run_dir, line)
             if better:
                 state = {"classes": self.classes, **self.best}
-                weights = {"model": self._evaluated().state_dict()}
+                weights = {"model": self.trained.evaluated.state_dict()}
                 ckpt.save_checkpoint(self.run_dir, "best", self.step, weights, state)
         self._save()
         return line
-
-    def _is_better(self, line: dict[str, Any]) -> bool:
-        if not self.best:
-            return True
-        loss, best_loss = line["valid_loss"], self.best["valid_loss"]
-        ranks = [(line["valid_top1"], -loss), (self.best["valid_top1"], -best_loss)]
-        return math.isfinite(loss) and (ranks[0] > ranks[1] or not math.isfinite(best_loss))
-
-    def _evaluated(self) -> nn.Module:
-        return self.model if self.ema is None else self.ema.module
 
     # -- phases -----------------------------------------------------------------------------
 
@@ -299,28 +313,12 @@ class _Run:
         config, phase = self.config, self.plan.phase(self.step)
         optim.set_trainable(self.model, frozen=phase.frozen, trainable=self.trainable)
         optim.set_train_mode(self.model, frozen=phase.frozen, fixed=self.fixed_norms)
-        norms = optim.batch_norms(self.model)
-        if norms and self.accelerator.num_processes > 1:
-            if self.accelerator.device.type == "cuda":
-                convert_sync_batchnorm(self.trainee)
-            else:
-                warnings.warn(
-                    f"{len(norms)} batch norms ({norms[0]}, ...) see only their own process's "
-                    f"part of each batch on the CPU: the numbers depend on the number of processes",
-                    stacklevel=4,
-                )
+        share_batch_norms(self.accelerator, self.trainee, self.warn)
         self.scheduler = optim.make_scheduler(self.optimizer, config, phase)
         self.scheduler.step_update(self.step - phase.start)
         if self.wrapped is not self.trainee:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.wrapped = self.accelerator.prepare_model(self.trainee)
-
-    def _lr(self) -> float:
-        """Of stitches and head; groups of blocks carry a scale."""
-        for group in self.optimizer.param_groups:
-            if scale := group.get("lr_scale", 1.0):
-                return float(group["lr"] / scale)
-        return 0.0
 
     # -- saving -----------------------------------------------------------------------------
 
@@ -331,46 +329,19 @@ class _Run:
             return
         self.saved_step = self.step
         if self.accelerator.is_main_process:
-            tensors: dict[str, Any] = {"model": self.model.state_dict()}
-            if self.ema is not None:
-                tensors["ema"] = self.ema.module.state_dict()
-            if self.trainee.adapter is not None:
-                tensors["adapter"] = self.trainee.adapter.state_dict()
-            tensors["optimizer"], optimizer = pack_optimizer(self.optimizer.optimizer)
-            scaler = self.accelerator.scaler
             state = {
                 "run": self.identity,
-                "optimizer": optimizer,
-                "scaler": scaler.state_dict() if scaler is not None else None,
                 "random": {"seed": self.config.seed, "step": self.step},
                 "loss": [self.loss_sum, self.loss_count],
                 "best": self.best,
                 "fixed_norms": sorted(self.fixed_norms),
             }
-            ckpt.save_checkpoint(self.run_dir, "last", self.step, tensors, state)
+            self.trained.save(self.run_dir, self.step, state)
             ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> None:
-        folder = ckpt.find_checkpoint(self.run_dir, "last")
-        if folder is None:
-            raise UsageError(
-                f"{self.run_dir} holds no checkpoint to resume from", "leave out --resume"
-            )
-        saved = ckpt.load_checkpoint(folder)
-        check_identity(saved.state["run"], self.identity, folder)
-        load_strict(self.model, saved.tensors["model"], folder / "model.safetensors")
-        if self.ema is not None:
-            load_strict(self.ema.module, saved.tensors["ema"], folder / "ema.safetensors")
-        if self.trainee.adapter is not None:
-            load_strict(
-                self.trainee.adapter, saved.tensors["adapter"], folder / "adapter.safetensors"
-            )
-        unpack_optimizer(
-            self.optimizer.optimizer, saved.tensors["optimizer"], saved.state["optimizer"]
-        )
-        if self.accelerator.scaler is not None and saved.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        saved = self.trained.load(self.run_dir, self.identity)
         self.step = self.saved_step = saved.step
         self.loss_sum, self.loss_count = saved.state["loss"]
         self.best = dict(saved.state["best"])
@@ -379,15 +350,6 @@ class _Run:
         if self.accelerator.is_main_process:
             ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
             self.history = rewind_metrics(self.run_dir, self.step)
-
-    def _diverged(self, step: int, loss: float) -> DeryError:
-        last = ckpt.find_checkpoint(self.run_dir, "last")
-        return DeryError(
-            f"the loss is {loss} at update {step} of {self.plan.steps}; "
-            f"the last good checkpoint is {last}",
-            "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed",
-            details={"step": step, "checkpoint": None if last is None else str(last)},
-        )
 
     # -- the end ----------------------------------------------------------------------------
 
@@ -429,6 +391,7 @@ class _Run:
             epoch=self.plan.epoch(self.step),
             lr=lr,
             loss=self.last_loss,
+            images_per_second=self.plan.batch_size * self.clock.updates_per_second,
             eta=self.clock.eta(left, reports),
             report=report,
         )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from dery_cli.errors import DeryError
+from dery_cli.training.checkpoint import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,7 @@ class Progress:
         epoch: Passes over the training images.
         lr: Learning rate of stitches and head in the update just done.
         loss: Training loss last looked at.
+        images_per_second: Of this run so far, over all processes, scoring and saving left out.
         eta: Seconds left, from the pace of this process; None before there is one.
         report: The line just added to ``metrics.jsonl``, or None.
     """
@@ -29,6 +34,7 @@ class Progress:
     epoch: float
     lr: float
     loss: float | None
+    images_per_second: float
     eta: float | None
     report: dict[str, Any] | None = None
 
@@ -69,6 +75,25 @@ class FinetuneResult:
         data["best_dir"] = self.best_dir and self.best_dir.name
         data["last_dir"] = self.last_dir.name
         return data
+
+
+def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Whether a report's top-1, then its loss, is better than the best one's, if there is one."""
+    if not best:
+        return True
+    loss, best_loss = line["valid_loss"], best["valid_loss"]
+    higher = (line["valid_top1"], -loss) > (best["valid_top1"], -best_loss)
+    return math.isfinite(loss) and (higher or not math.isfinite(best_loss))
+
+
+def diverged(run_dir: Path, loss: float, step: int, steps: int) -> DeryError:
+    """What a loss that is not finite is answered with."""
+    last = find_checkpoint(run_dir, "last")
+    return DeryError(
+        f"the loss is {loss} at update {step} of {steps}; the last good checkpoint is {last}",
+        "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed",
+        details={"step": step, "checkpoint": None if last is None else str(last)},
+    )
 
 
 class Clock:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dery_cli.errors import UsageError
+from dery_cli.training.items import item
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -42,6 +43,11 @@ def seed_cpu(seed: int) -> None:
     """Seed Python, numpy and torch on the CPU."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 -- timm's augmentations draw from it
+    seed_torch(seed)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch on the CPU alone."""
     torch.default_generator.manual_seed(seed)
 
 
@@ -61,14 +67,20 @@ def random_state_kept() -> Iterator[None]:
 class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
     """``dataset`` under keys (epoch, index), each drawn with random numbers of its own.
 
+    The global generators are left as the last image left them: see ``random_state_kept``.
+
     Args:
-        dataset: Gives (image, label) by index, drawing from the global generators.
+        dataset: Gives (image, label) by index, drawing from the global generators; only from
+            torch's where its ``transform`` says ``torch_only``.
         seed: Of the run.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
+        # Seeding all three takes as long as a crop and a flip.
+        torch_only = getattr(getattr(dataset, "transform", None), "torch_only", False)
+        self._seed = seed_torch if torch_only else seed_cpu
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -77,13 +89,11 @@ class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
-        alone = get_worker_info() is None
-        with random_state_kept() if alone else contextlib.nullcontext():
-            images = []
-            for epoch, index in keys:
-                seed_cpu(derive_seed(self.seed, "image", epoch, index))
-                images.append(self.dataset[index])
-            return images
+        images = []
+        for epoch, index in keys:
+            self._seed(derive_seed(self.seed, "image", epoch, index))
+            images.append(item(self.dataset, index))
+        return images
 
 
 class StreamSampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,70 @@ import torch
 from torch import nn
 
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.training import checkpoint as ckpt
+from dery_cli.training.optim import AveragedWeights
 from dery_cli.training.recipe import NUMBERS_DO_NOT_DEPEND_ON, FinetuneConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training changes, and a checkpoint holds.
+
+    Args:
+        model: The network.
+        ema: Its averaged weights, or None.
+        adapter: The map to a teacher's features, or None.
+        optimizer: Over all of these that are trained.
+        scaler: Of the gradients in fp16, or None.
+    """
+
+    model: nn.Module
+    ema: AveragedWeights | None
+    adapter: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network with the weights that are scored and kept."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _modules(self) -> dict[str, nn.Module]:
+        averaged = None if self.ema is None else self.ema.module
+        named = {"model": self.model, "ema": averaged, "adapter": self.adapter}
+        return {stem: module for stem, module in named.items() if module is not None}
+
+    def save(self, run_dir: Path, step: int, state: Mapping[str, Any]) -> None:
+        """Write the checkpoint ``last-<step>`` with ``state`` beside the tensors.
+
+        Raises:
+            DeryError: It could not be written; the checkpoint before is as it was.
+        """
+        tensors = {stem: module.state_dict() for stem, module in self._modules().items()}
+        tensors["optimizer"], plain = pack_optimizer(self.optimizer)
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        ckpt.save_checkpoint(
+            run_dir, "last", step, tensors, {**state, "optimizer": plain, "scaler": scaler}
+        )
+
+    def load(self, run_dir: Path, identity: Mapping[str, Any]) -> ckpt.Checkpoint:
+        """Take everything from the last checkpoint, which must be of the same run.
+
+        Raises:
+            UsageError: There is none, or it is of other data or options.
+            DeryError: It is damaged, or of another network.
+        """
+        folder = ckpt.find_checkpoint(run_dir, "last")
+        if folder is None:
+            raise UsageError(f"{run_dir} holds no checkpoint to resume from", "leave out --resume")
+        saved = ckpt.load_checkpoint(folder)
+        check_identity(saved.state["run"], identity, folder)
+        for stem, module in self._modules().items():
+            load_strict(module, saved.tensors[stem], folder / f"{stem}.safetensors")
+        unpack_optimizer(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+        if self.scaler is not None and saved.state["scaler"]:
+            self.scaler.load_state_dict(saved.state["scaler"])
+        return saved
 
 
 def pack_optimizer(
@@ -79,9 +143,17 @@ def run_identity(
     labels: Sequence[int] | None,
     *,
     images: int,
-    teacher: bool,
+    teacher: str | None,
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
+    """What must be the same for a resumed run to be the same run.
+
+    Args:
+        config: How.
+        classes: Class names in label order.
+        labels: Of the training images, or None where the data do not tell them.
+        images: Training images.
+        teacher: Which it is, or None.
+    """
     text = json.dumps(None if labels is None else list(labels))
     return {
         "config": config.to_json(),
@@ -93,18 +165,23 @@ def run_identity(
 
 
 def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume with other data or options than the checkpoint's.
+    """Refuse to resume with other data, another teacher or other options than the checkpoint's.
 
     Raises:
         UsageError: Names the first that differs, with both values.
     """
-    for what in ("classes", "images", "labels_sha256", "teacher"):
+    for what in ("classes", "images", "labels_sha256"):
         if saved[what] != own[what]:
             raise UsageError(
                 f"{folder} was trained with other data: {what} {_short(saved[what])}, "
                 f"now {_short(own[what])}",
                 "resume with the same data, or leave out --resume",
             )
+    if saved["teacher"] != own["teacher"]:
+        raise UsageError(
+            f"{folder} was trained with the teacher {saved['teacher']}, now {own['teacher']}",
+            "resume with the same --teacher, or leave out --resume",
+        )
     for name, value in own["config"].items():
         if name not in NUMBERS_DO_NOT_DEPEND_ON and saved["config"].get(name) != value:
             raise UsageError(

@@ -1,7 +1,8 @@
 """Torchvision's data sets as ``torchvision:NAME[?root=DIR&download=1]``.
 
-Nothing is fetched unless ``download=1`` says so. Files that are pickles are compared with the
-checksum torchvision publishes and then read by an unpickler that knows arrays and containers only.
+Nothing is fetched unless ``download=1`` says so, nor with ``HF_HUB_OFFLINE=1``. Files that are
+pickles are compared with the checksum torchvision publishes and then read by an unpickler that
+knows arrays and containers only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,13 @@ _FILES = (
 
 class TorchvisionData:
     """The data sets named above, by torchvision's class names."""
+
+    def resolve(self, argument: str) -> str:
+        """``argument`` with its root folder, if it names one, as an absolute path."""
+        root = str(_parse(argument)[1].resolve())
+        name, _, query = argument.partition("?")
+        options = [(k, root if k == "root" else v) for k, v in parse_qsl(query)]
+        return f"{name}?{urlencode(options, safe='/')}" if options else name
 
     def classes(self, argument: str) -> Sequence[str] | None:
         name, root, download = _parse(argument)
@@ -89,6 +97,13 @@ class FileSplit:
         image: Image.Image = self._dataset[index][0]
         return image
 
+    def name(self, index: int) -> str:
+        for attribute in ("_image_files", "_images", "_samples", "samples"):
+            files = getattr(self._dataset, attribute, None)
+            if files is not None:
+                return str(files[index][0] if "samples" in attribute else files[index])
+        return f"number {index}"
+
 
 def _parse(argument: str) -> tuple[str, Path, bool]:
     """Name, root folder and download flag of a spec.
@@ -105,13 +120,19 @@ def _parse(argument: str) -> tuple[str, Path, bool]:
         raise KeyError(f"{argument}: unknown option {unknown[0]!r}, known are root and download")
     usual = os.environ.get("DERY_DATA") or Path.home() / ".cache" / "dery" / "torchvision"
     root = Path(options.get("root") or usual).expanduser()
-    return name, root, options.get("download", "0") not in ("", "0", "false", "no")
+    asked = options.get("download", "0") not in ("", "0", "false", "no")
+    return name, root, asked and not _offline()
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _missing(name: str, where: Path) -> OSError:
     return OSError(
         f"{name} is not in {where}: put its files there, name another folder "
         f"(torchvision:{name}?root=DIR) or let it be fetched (torchvision:{name}?download=1)"
+        + (", which HF_HUB_OFFLINE forbids" if _offline() else "")
     )
 
 

@@ -1,10 +1,10 @@
 """Updates per second of ``finetune`` against a plain timm training loop, in one run.
 
-The same network, images, augmentation, optimizer, schedule, averaged weights and batch, on one
-thread. The two take turns, so that a busy machine slows both; the ratio is given by the clock and
-by processor time, which other programs do not disturb. At least 0.95 is wanted.
+The same network, images, augmentation, optimizer, schedule, averaged weights and batch. The two
+take turns, so that a busy machine slows both; compared are the medians of all updates' times, by
+the clock and by processor time, which other programs disturb less. At least 0.95 is wanted.
 
-    python tests/bench/bench_finetune.py [--updates 12] [--rounds 5]
+    python tests/bench/bench_finetune.py [--updates 12] [--rounds 5] [--threads 1]
 """
 
 from __future__ import annotations
@@ -107,29 +107,32 @@ def ours(name: str, config: FinetuneConfig) -> Times:
     return done
 
 
-def pace(done: Times) -> tuple[float, float]:
-    """Updates per second; the first, which warms up, and the last, which also saves, left out."""
-    wall, cpu = (done[-2][i] - done[0][i] for i in range(2))
-    return (len(done) - 2) / wall, (len(done) - 2) / cpu
+def durations(done: Times, which: int) -> list[float]:
+    """Of each update; not the first, which warms up, nor the last, which also saves."""
+    times = [moment[which] for moment in done[:-1]]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    config = make_config("default", steps=options.updates)
+    torch.set_num_threads(options.threads)
+    config = make_config("default", steps=options.updates, report_every=options.updates)
     print(f"{'network':<16} {'timm/s':>8} {'dery/s':>8} {'ratio':>7} {'ratio by cpu time':>19}")
     for name in ("resnet10t", "test_vit", "test_convnext"):
-        rounds = [
-            (pace(plain(name, config)), pace(ours(name, config))) for _ in range(options.rounds)
-        ]
-        wall, cpu = (
-            statistics.median(our[i] / their[i] for their, our in rounds) for i in range(2)
+        rounds = [(plain(name, config), ours(name, config)) for _ in range(options.rounds)]
+        their, our = (
+            [
+                statistics.median(d for pair in rounds for d in durations(pair[side], which))
+                for which in range(2)
+            ]
+            for side in range(2)
         )
-        their, our = (statistics.median(pair[i][0] for pair in rounds) for i in range(2))
-        print(f"{name:<16} {their:>8.2f} {our:>8.2f} {wall:>7.3f} {cpu:>19.3f}")
+        wall, cpu = (their[which] / our[which] for which in range(2))
+        print(f"{name:<16} {1 / their[0]:>8.2f} {1 / our[0]:>8.2f} {wall:>7.3f} {cpu:>19.3f}")
 
 
 if __name__ == "__main__":

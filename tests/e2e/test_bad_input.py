@@ -45,6 +45,14 @@ from tests.e2e.conftest import edit_json, snapshot
         ("finetune --recipe papr", "no recipe is called 'papr'", "paper"),
         ("finetune --epochs 2 --steps 3", "give either epochs or steps", None),
         ("finetune --valid-fraction 1.5", "--valid-fraction is 1.5", None),
+        ("finetune --distill-logits 0.5", "distillation needs a teacher", "--teacher best"),
+        ("finetune --teacher best --distill-logits 0", "teaches nothing", "above 0"),
+        ("finetune --teacher runs/default", "cannot be its own teacher", "--name"),
+        ("finetune --donor resnet", "--donor needs --data", "--data SPEC"),
+        ("finetune --crop-scale 0.9 0.1", "crop_scale must be two rising numbers", None),
+        ("finetune --grad-accum 0", "grad_accum must be 1 or more, not 0", None),
+        ("finetune --layer-decay 0", "layer_decay must be above 0, not 0", None),
+        ("finetune --clip-grad -1", "clip_grad must be 0 or more, not -1", None),
         ("eval --split valid", "--split is 'valid'", "test, train"),
         ("frobnicate", "No such command 'frobnicate'", None),
         ("embed --frobnicate", "No such option", None),
@@ -102,6 +110,10 @@ def test_unknown_data(zoo):
     outcome = zoo("embed", "--data", "no/such/folder", "--json")
     assert outcome.code == 2
     assert "no such data folder" in outcome.json["error"]["message"]
+    outcome = zoo("embed", "--data", "hf:no/such", "--json")
+    assert outcome.code == 1
+    assert "hf:no/such is no folder, and not in " in outcome.json["error"]["message"]
+    assert outcome.json["error"]["hint"] == "--data 'hf:no/such?download=1' fetches it"
 
 
 def test_an_image_folder_without_images(zoo, tmp_path):

@@ -127,6 +127,7 @@ def test_options_hold_everything_that_changes_the_answer():
         "batch_size",
         "dtype",
         "crop",
+        "skip_bad",
     }
     assert set(PartitionConfig().options()) == {
         "blocks",

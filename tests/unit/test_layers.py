@@ -18,10 +18,12 @@ LAYERS = [
     {"core"},
     {
         "plugin",
+        "launcher",
         "processes",
         "artifacts",
         "stream",
         "data",
+        "splits",
         "manifest",
         "checkpoints",
         "zoo",
@@ -37,10 +39,13 @@ LAYERS = [
         "model_card",
         "assemble_stage",
         "assembling",
+        "making",
         "candidates",
         "target",
         "training",
         "finetuning",
+        "finetune_stage",
+        "teacher",
         "terminal",
     },
     {"commands"},
@@ -48,6 +53,7 @@ LAYERS = [
     {"__main__"},
 ]
 HEAVY = {"torch", "timm", "torchvision", "numpy", "scipy", "mip", "accelerate", "safetensors"}
+HEAVY |= {"datasets", "pyarrow", "pandas"}
 
 
 def _layer(part: str) -> int:
@@ -101,7 +107,7 @@ def test_no_arrow_points_back(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_dery_never_imports_a_plugin(path):
     for module, _ in _imports(path):
-        plugins = ("dery_demo", "dery_lite", "dery_timm", "dery_torchvision")
+        plugins = ("dery_demo", "dery_huggingface", "dery_lite", "dery_timm", "dery_torchvision")
         assert not module.startswith(plugins), module
 
 
@@ -126,7 +132,9 @@ def test_the_core_touches_no_files_and_prints_nothing(path):
         "assemble --max-params 30Q",
         "zoo add nosuch",
         "embed --data demo --crop 3",
+        "finetune --help",
         "finetune --mode half",
+        "finetune --distill-logits 0.5",
         "frobnicate",
     ],
 )

@@ -13,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dery_cli.data import open_data
+from dery_cli.errors import DeryError
 from dery_cli.plugin import DataPlugin, ZooPlugin
+from dery_cli.splits import read_image
 from dery_timm import zoo as timm_zoo
 from dery_torchvision import data
 from dery_torchvision import zoo as vision_zoo
@@ -270,6 +273,37 @@ def test_cifar(cifar: Path) -> None:
     assert data.classes(spec) == ["cat", "dog"]
 
 
+def test_cifar100_has_its_fine_labels(tmp_path: Path, monkeypatch) -> None:
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    contents = {
+        "train": {
+            "data": np.zeros((2, 3072), np.uint8),
+            "fine_labels": [1, 0],
+            "coarse_labels": [0, 0],
+        },
+        "meta": {"fine_label_names": ["apple", "bee"], "coarse_label_names": ["thing"]},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    sums = {n: hashlib.md5((folder / n).read_bytes()).hexdigest() for n in contents}
+    monkeypatch.setattr(CIFAR100, "train_list", [("train", sums["train"])])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"filename": "meta", "md5": sums["meta"]})
+    spec = f"CIFAR100?root={tmp_path}"
+    assert data.split(spec, "train").labels == [1, 0]
+    assert data.classes(spec) == ["apple", "bee"]
+
+
+def test_the_root_is_kept_as_an_absolute_path(fashion: Path, monkeypatch) -> None:
+    monkeypatch.chdir(fashion)
+    opened = open_data("torchvision:FashionMNIST?root=.&download=0")
+    assert opened.spec == f"torchvision:FashionMNIST?root={fashion}&download=0"
+    assert opened.train.labels == [4, 5, 6]
+    assert data.resolve("FashionMNIST") == "FashionMNIST"
+
+
 def test_cifar_refuses_another_file(cifar: Path) -> None:
     file = cifar / "cifar-10-batches-py" / "test_batch"
     file.write_bytes(pickle.dumps({"data": 1}))
@@ -317,6 +351,10 @@ def test_other_data_sets_are_read_by_torchvision(tmp_path: Path) -> None:
     assert split.image(1).size == (4, 3)
     with pytest.raises(OSError, match="DTD is not in"):
         data.split(f"DTD?root={tmp_path}", "train")
+    broken = folder / "images" / "soup" / "1.jpg"
+    broken.write_bytes(b"no image")
+    with pytest.raises(DeryError, match=f"cannot read the image {broken}: "):
+        read_image(split, 1)
 
 
 def test_unknown_data_sets_and_options(tmp_path: Path) -> None:
@@ -334,5 +372,8 @@ def test_nothing_is_fetched_unasked(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DERY_DATA", str(tmp_path))
     with pytest.raises(OSError, match="CIFAR100 is not in"):
         data.split("CIFAR100", "train")
+    with pytest.raises(OSError, match="which HF_HUB_OFFLINE forbids"):
+        data.split("CIFAR100?download=1", "train")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(AssertionError, match="fetched"):
         data.split("CIFAR100?download=1", "train")

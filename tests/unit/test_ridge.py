@@ -50,6 +50,48 @@ def test_streamed_ridge_equals_explicit_least_squares(position_bias):
     assert torch.allclose(fit.bias_GD, bias, atol=1e-9)
 
 
+@pytest.mark.parametrize("cells", [(0, 0, 0), (0, 1, 0), (0, 1, 2)])
+@pytest.mark.parametrize("position_bias", [False, True])
+def test_class_offsets_are_added_to_the_outputs(position_bias, cells):
+    x, y, _, _ = _data(noise=1.0)
+    label, fold = torch.arange(len(x)) % 3, torch.arange(len(x)) // 15
+    label[:5] = 4  # class 3 has no image, class 4 is in one fold only
+    statistics = RidgeStatistics(3, 5, 4, classes=5, cells=cells)
+    for start in range(0, 60, 7):
+        part = slice(start, start + 7)
+        statistics.update(x[part], y[part], fold[part], label[part])
+    best, chosen = float("inf"), 0.0
+    for penalty in RIDGE_PENALTIES:
+        error = 0.0
+        for held_out in range(4):
+            test = fold == held_out
+            offset = _offsets(y[~test], label[~test], 5, cells)
+            weight, _, mean_x, mean_y = _explicit(
+                x[~test], y[~test] + offset[label[~test]], penalty, position_bias
+            )
+            wanted = y[test] + offset[label[test]]
+            error += float((wanted - mean_y - (x[test] - mean_x) @ weight).square().sum())
+        if error < best:
+            best, chosen = error, penalty
+    fit = statistics.solve(position_bias=position_bias, class_weight=2.0)
+    moved = y + _offsets(y, label, 5, cells)[label]
+    weight, bias, _, _ = _explicit(x, moved, torch.tensor(chosen), position_bias)
+    assert fit.penalty == chosen
+    assert torch.allclose(fit.weight_CD, weight, atol=1e-9)
+    assert torch.allclose(fit.bias_GD, bias, atol=1e-9)
+    assert fit.r2 == statistics.solve(position_bias=position_bias).r2
+
+
+def _offsets(y, label, classes, cells):
+    """Twice the class means less the mean, (K, G, D), by loops; 0 for a class without images."""
+    rows = torch.zeros(classes, *y.shape[1:], dtype=y.dtype)
+    for k in label.unique().tolist():
+        for g, cell in enumerate(cells):
+            inside = [i for i, other in enumerate(cells) if other == cell]
+            rows[k, g] = 2 * (y[label == k][:, inside].mean((0, 1)) - y[:, inside].mean((0, 1)))
+    return rows
+
+
 @pytest.mark.parametrize("position_bias", [False, True])
 def test_cross_validated_r2_equals_a_loop_over_folds(position_bias):
     x, y, _, _ = _data(noise=1.0)

@@ -12,14 +12,13 @@ from torch import nn
 from dery_cli.core.cost import count_flops, count_params
 from dery_cli.core.stitch import (
     Stitch,
-    fit_stitch,
     join_tokens,
-    reestimate_batch_norm,
     resample,
     split_tokens,
     stitch_cost,
 )
-from dery_cli.types import Layout, Node
+from dery_cli.core.stitch_fit import fit_stitch, reestimate_batch_norm
+from dery_cli.types import Layout, Node, StitchKind
 
 
 def node(layout: str, channels: int, grid: tuple[int, int], prefix: int = 0) -> Node:
@@ -68,11 +67,12 @@ def test_split_and_join_are_inverse(place):
     assert torch.equal(join_tokens(grid, prefix, place), x)
 
 
+@pytest.mark.parametrize("kind", list(StitchKind))
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_a_stitch_gives_the_targets_shape_and_the_promised_cost(source, target):
-    stitch = Stitch(source, target)
+def test_a_stitch_gives_the_targets_shape_and_the_promised_cost(source, target, kind):
+    stitch = Stitch(source, target, kind).eval()
     assert stitch(torch.randn(2, *source.shape)).shape == (2, *target.shape)
-    cost = stitch_cost(source, target)
+    cost = stitch_cost(source, target, kind)
     assert cost.params == count_params(stitch)
     assert cost.flops == count_flops(stitch, torch.zeros(1, *source.shape))
 
@@ -91,6 +91,67 @@ def test_the_fit_recovers_a_map_that_a_stitch_can_express(source, target):
     assert fit.r2 > 0.999
     assert (fit.prefix_r2 is None) == (target.num_prefix_tokens == 0)
     assert torch.allclose(fitted(x), y, atol=0.02 * float(y.std()))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(SOURCES[0], TARGETS[0]), (SOURCES[1], node("NCHW", 9, (4, 4))), (SOURCES[3], TARGETS[4])],
+)
+def test_the_mlp_stitch_can_do_what_the_linear_one_can(source, target):
+    torch.manual_seed(0)
+    truth = Stitch(source, target)
+    x = torch.randn(400, *source.shape)
+    y = truth(x).detach()
+    fitted = Stitch(source, target, StitchKind.MLP)
+    fit = fit_stitch(fitted, lambda: [(x, y)])
+    assert fit.r2 > 0.999
+    assert torch.allclose(fitted(x), y, atol=0.03 * float(y.std()))
+
+
+def test_the_mlp_stitch_fits_what_no_linear_one_can():
+    torch.manual_seed(0)
+    source, target = node("NCHW", 4, (3, 3)), node("NCHW", 4, (3, 3))
+    x = torch.randn(500, 4, 3, 3)
+    y = x.abs()
+    linear, mlp = Stitch(source, target), Stitch(source, target, StitchKind.MLP)
+    assert fit_stitch(linear, lambda: [(x, y)]).r2 < 0.1
+    assert fit_stitch(mlp, lambda: [(x, y)]).r2 > 0.1
+
+
+def test_the_papers_stitch_keeps_its_random_weights():
+    torch.manual_seed(0)
+    cnn = Stitch(SOURCES[0], TARGETS[0], StitchKind.PAPER)
+    kinds = [type(layer).__name__ for layer in cnn.channels]
+    assert kinds == ["BatchNorm2d", "Conv2d", "LeakyReLU"]
+    assert cnn.channels[2].negative_slope == 0.1
+    tokens = Stitch(SOURCES[0], TARGETS[3], StitchKind.PAPER)
+    assert [type(layer).__name__ for layer in tokens.channels] == ["LayerNorm2d", "Conv2d"]
+    before = copy.deepcopy(cnn.state_dict())
+    fit = fit_stitch(cnn, lambda: pytest.fail("a pass was made"))
+    assert (fit.kind, fit.r2) == (StitchKind.PAPER, None)
+    assert all(torch.equal(value, before[name]) for name, value in cnn.state_dict().items())
+
+
+def test_with_labels_what_tells_the_classes_apart_comes_through():
+    """Channel 0 of the source shifts with the class; the target hardly depends on it."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(200) % 2
+    x = torch.randn(200, 4, 2, 2, generator=generator)
+    x[:, 0] += 3.0 * label[:, None, None]
+    y = torch.randn(200, 3, 2, 2, generator=generator) + x[:, 1:4]
+    y[:, 0] += 0.5 * label[:, None, None]
+    source, target = node("NCHW", 4, (2, 2)), node("NCHW", 3, (2, 2))
+
+    def gap(labels, weight):
+        stitch = Stitch(source, target)
+        fit = fit_stitch(stitch, lambda: [(x, y)], labels=labels, class_weight=weight)
+        out = stitch(x).detach().mean((2, 3))[:, 0]
+        return float(out[label == 1].mean() - out[label == 0].mean()), fit.r2
+
+    plain, labelled = gap(None, 0.0), gap(label.tolist(), 4.0)
+    assert labelled[0] == pytest.approx(5 * plain[0], rel=0.25)
+    assert labelled[1] == plain[1], "R2 is that of the plain regression"
+    assert gap(label.tolist(), 0.0) == plain
 
 
 def test_resampling_averages_down_and_interpolates_up():

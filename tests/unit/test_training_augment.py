@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from PIL import Image
 from dery_cli.data import EvalTransform
 from dery_cli.training.augment import make_mixup, train_transform
 from dery_cli.training.recipe import FinetuneConfig
-from dery_cli.training.sampling import seed_all
+from dery_cli.training.sampling import SeededDataset, seed_all
 from dery_cli.types import InputSpec
 
 SPEC = InputSpec(image_size=(16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -51,6 +53,43 @@ def test_randaugment_works_on_one_channel():
     for seed in range(60):
         seed_all(seed)
         assert transform(picture("L")).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hflip": 0.5, "crop_padding": 0.2},
+        {"randaugment": 9},
+        {"crop_scale": (0.3, 1.0)},
+        {"crop_scale": (0.3, 1.0), "randaugment": 9, "hflip": 0.5},
+    ],
+)
+def test_a_transform_knows_whether_it_draws_from_torch_alone(changes):
+    transform = train_transform(SPEC, config(**changes))
+    seed_all(0)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    for _ in range(20):
+        transform(picture())
+    same = before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert transform.torch_only == same
+
+
+@pytest.mark.parametrize("changes", [{"crop_padding": 0.2, "hflip": 0.5}, {"randaugment": 9}])
+def test_augmented_images_depend_on_nothing_but_their_key(changes):
+    class Pictures:
+        transform = train_transform(SPEC, config(**changes))
+
+        def __getitem__(self, index):
+            return self.transform(picture())
+
+    dataset = SeededDataset(Pictures(), seed=0)
+    seed_all(1)
+    one = dataset[(0, 3)]
+    seed_all(2)
+    dataset[(0, 2)]
+    assert torch.equal(one, dataset[(0, 3)])
+    assert not torch.equal(one, dataset[(1, 3)])
 
 
 def test_nothing_is_mirrored_unless_asked_for():

@@ -303,6 +303,24 @@ def test_fewer_images_than_a_batch_shrink_it_with_a_warning(tmp_path):
         assert run(tmp_path, train=images(9)).batch_size == 9
 
 
+class Torn(TensorDataset):
+    """One image cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise DeryError("cannot read the image 5.png: torn", "replace or remove that file")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("which", ["train", "valid"])
+def test_an_image_that_cannot_be_read_is_named_without_a_traceback(tmp_path, workers, which):
+    with pytest.raises(DeryError) as error:
+        run(tmp_path, **{which: Torn(*images(30).tensors)}, workers=workers)
+    assert error.value.message == "cannot read the image 5.png: torn"
+    assert error.value.hint == "replace or remove that file"
+
+
 def test_two_runs_on_one_folder(tmp_path):
     with run_lock(tmp_path), pytest.raises(DeryError, match="another process is fine-tuning in"):
         run(tmp_path)

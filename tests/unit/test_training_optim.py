@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from dery_cli.errors import UsageError
 from dery_cli.training import optim
 from dery_cli.training.plan import learning_rate, make_plan
 from dery_cli.training.recipe import FinetuneConfig
-from tests.unit.training_standins import Assembly
+from tests.unit.training_standins import Assembly, same
 
 
 def groups_of(model, **changes):
@@ -142,4 +143,25 @@ def test_averaged_weights_forget_the_first_ones_within_a_few_hundred_updates():
         value = decay * value + (1 - decay) * step
         assert ema.module.weight.item() == pytest.approx(value, rel=1e-5)
     assert value == pytest.approx(150 - 9, abs=0.01)  # the mean age at decay 0.9
-    assert optim.make_ema(model, FinetuneConfig(steps=1, ema_decay=None)) is None
+    for none in (None, 0.0):
+        assert optim.make_ema(model, FinetuneConfig(steps=1, ema_decay=none)) is None
+
+
+def test_averaged_weights_are_timms_to_the_bit():
+    """Through freezing, loading and counting buffers."""
+    model = Assembly()
+    own, timms = optim.AveragedWeights(model, 0.9), ModelEmaV3(model, decay=0.9, use_warmup=True)
+    for step in range(1, 9):
+        model.train()(torch.randn(4, 3, 8, 8))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        if step == 5:
+            optim.set_trainable(model, frozen=True, trainable=frozenset())
+            state = {name: value.clone() for name, value in own.module.state_dict().items()}
+            for ema in (own, timms):
+                ema.module.load_state_dict(state)
+        own.update(model, step=step)
+        timms.update(model, step=step)
+        assert same(own.module.state_dict(), timms.module.state_dict())
+    assert own.module.blocks[0][1].num_batches_tracked == 8

@@ -112,6 +112,37 @@ def test_a_run_killed_at_any_moment_resumes(tmp_path):
         assert told[:step] == list(range(1, step + 1))
 
 
+HELD = """
+import sys
+from pathlib import Path
+import torch
+from torch.utils.data import TensorDataset
+from dery_cli.training import signals
+from dery_cli.training.loop import finetune
+from dery_cli.training.recipe import FinetuneConfig
+from tests.unit.training_standins import CLASSES, Assembly, images
+
+class Buggy(TensorDataset):
+    def __getitem__(self, index):
+        return {}["nothing"]
+
+signals.WORKER_SECONDS = 1
+try:
+    finetune(Assembly(), Buggy(*images().tensors), None, FinetuneConfig(steps=2, workers=1),
+             Path(sys.argv[1]), classes=CLASSES, device="cpu")
+except KeyError as error:
+    held = error
+    print(len(__import__("multiprocessing").active_children()), flush=True)
+"""
+
+
+def test_loading_processes_that_a_traceback_holds_do_not_keep_python_from_exiting(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", HELD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 PROGRAM = """
 import json, sys, warnings
 from pathlib import Path

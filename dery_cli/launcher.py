@@ -1,0 +1,45 @@
+"""What a launcher told this process through its environment; free of torch."""
+
+from __future__ import annotations
+
+import os
+
+_PLACES = (
+    ("WORLD_SIZE", "RANK"),  # torchrun, accelerate launch
+    ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+)
+
+
+def _number(name: str) -> int:
+    return int(os.environ.get(name) or 0)
+
+
+def launched() -> bool:
+    """Whether a launcher started several processes: torchrun, Accelerate or MPI."""
+    return any(_number(count) > 1 for count, _ in _PLACES)
+
+
+def is_follower() -> bool:
+    """Whether this process is one of several and not the main one, which speaks for all."""
+    return any(_number(count) > 1 and _number(rank) > 0 for count, rank in _PLACES)
+
+
+def on_cpus() -> bool:
+    """Whether ``accelerate launch --cpu`` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def alone_by_mistake() -> str | None:
+    """A warning where several processes were asked for and one was started.
+
+    ``accelerate launch --cpu --num_processes 2`` does that: without MPI it starts one process and
+    tells it where the others would be, but not how many.
+    """
+    if launched() or not on_cpus() or "MASTER_PORT" not in os.environ:
+        return None
+    return (
+        "the launcher started this process alone (on CPUs, accelerate starts several only with "
+        "MPI); to have N: torchrun --nproc-per-node N -m dery_cli ..."
+    )

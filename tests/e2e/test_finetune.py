@@ -1,0 +1,319 @@
+"""``dery finetune`` on real networks: its options, its teacher, and what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dery_cli.core.ridge import fit_classifier
+from dery_cli.data import EvalTransform, open_data, stratified_holdout
+from dery_cli.training import checkpoint as ckpt
+from dery_cli.training.runlog import run_lock
+from tests.conftest import make_images, run_dery
+from tests.e2e.conftest import DONORS, edit_json, snapshot
+
+
+def tune(copied, line):
+    """``dery finetune`` that has to succeed; gives the JSON object."""
+    outcome = copied("finetune", *line.split(), "--json")
+    assert outcome.code == 0, outcome.stderr
+    return outcome.json
+
+
+def refused(copied, line, code):
+    """``dery finetune`` that has to fail; gives the error."""
+    outcome = copied("finetune", *line.split(), "--json")
+    assert outcome.code == code, outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    return outcome.json["error"]
+
+
+def record(root, name):
+    return json.loads((root / "runs" / name / "run.json").read_text())
+
+
+OPTIONS = {
+    "mode": "stitch-then-full",
+    "steps": 2,
+    "stitch_fraction": 0.5,
+    "batch_size": 32,
+    "grad_accum": 2,
+    "optimizer": "sgd",
+    "lr": 0.01,
+    "min_lr": 0.0001,
+    "block_lr_scale": 0.5,
+    "layer_decay": 0.9,
+    "weight_decay": 0.01,
+    "warmup": 0.2,
+    "clip_grad": 0.0,
+    "batch_norm": "fixed",
+    "label_smoothing": 0.2,
+    "ema_decay": 0.0,
+    "mixup": 0.1,
+    "cutmix": 0.2,
+    "randaugment": 5,
+    "crop_scale": [0.5, 1.0],
+    "hflip": 0.25,
+    "distill_logits": 0.4,
+    "distill_temperature": 3.0,
+    "distill_features": 0.2,
+    "mixed_precision": "no",
+    "report_every": 1,
+    "seed": 3,
+    "valid_fraction": 0.2,
+    "teacher": "demo__mobilenetv3",
+}
+
+
+def test_every_option_reaches_the_run(copied, tmp_path):
+    words = []
+    for name, value in OPTIONS.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    tune(copied, " ".join(["--name", "all", *words]))
+    options = record(tmp_path / "ws", "all")["options"]
+    assert {name: options[name] for name in OPTIONS} == OPTIONS
+    saved = ckpt.load_checkpoint(tmp_path / "ws" / "runs" / "all" / "last-000002")
+    assert "ema" not in saved.tensors
+    assert "adapter" in saved.tensors
+
+
+def test_a_row_a_report_under_one_heading(copied):
+    outcome = copied(
+        "finetune", "--steps", "4", "--report-every", "2", "--valid-fraction", "0.2", "--name", "t"
+    )
+    lines = [line.split() for line in outcome.stderr.splitlines()]
+    head = next(i for i, words in enumerate(lines) if words[:2] == ["epoch", "update"])
+    names = "epoch update lr train loss valid loss valid top-1 images/s time left"
+    assert " ".join(lines[head]) == names
+    rows = lines[head + 1 : head + 3]
+    assert [row[1] for row in rows] == ["2/4", "4/4"]
+    assert all(len(row) == 8 for row in rows)
+    assert rows[1][7] == "0:00"
+    assert sum(words[:1] == ["epoch"] for words in lines) == 1
+
+
+# the teacher
+
+
+def probes(indices):
+    """Accuracy of every donor's closed-form head on these digits, from timm's own pre-logits."""
+    import dery_demo
+
+    data, found = open_data("demo"), {}
+    labels = torch.tensor([data.train.labels[i] for i in indices])
+    for name in DONORS:
+        model = dery_demo.zoo.build(name, pretrained=True)
+        transform = EvalTransform(dery_demo.zoo.card(name).input, 0.95)
+        x = torch.stack([transform(data.train.image(i)) for i in indices])
+        with torch.no_grad():
+            feat_NC = model.forward_head(model.forward_features(x), pre_logits=True)
+        found[f"demo__{name}"] = fit_classifier(feat_NC, labels, 10).accuracy
+    return found
+
+
+def test_the_best_teacher_is_found_on_the_images_that_are_trained_on(copied, tmp_path):
+    line = "--teacher best --steps 2 --valid-fraction 0.2 --name taught"
+    told = tune(copied, line)["result"]["teacher"]
+    kept, _ = stratified_holdout(open_data("demo").train.labels, fraction=0.2, seed=0)
+    expected = probes(kept)
+    assert told["name"] == max(expected, key=expected.get)
+    assert told["probe_accuracy"] == pytest.approx(max(expected.values()), abs=1 / 240)
+    zoo = json.loads((tmp_path / "ws" / "zoo.json").read_text())["data"]["donors"]
+    hashes = {donor["name"]: donor["weights_sha256"] for donor in zoo}
+    assert told["sha256"] == hashes[told["name"]]
+    # another rate is another run, the same again is up to date without a pass over the donors
+    again = copied("finetune", *line.split())
+    assert "the run 'taught' is up to date" in again.stdout
+    assert "comparing" not in again.stderr
+    assert "teacher" in record(tmp_path / "ws", "taught")["parents"]
+    assert copied("zoo", "remove", "demo__vit_cls").code == 0
+    again = copied("finetune", *line.split())
+    assert "comparing teachers" in again.stderr
+    assert f"teacher: {told['name']}, the best of 4 donors" in again.stdout
+
+
+def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
+    base = "--steps 3 --report-every 3"
+    alone = tune(copied, f"{base} --name alone")["result"]
+    assert "teacher" not in alone
+    for teacher in ("demo__vit_cls", "runs/default", "assemblies/default"):
+        name = teacher.partition("/")[0]
+        line = f"{base} --name {name} --teacher {teacher} --distill-features 1"
+        taught = tune(copied, line)["result"]
+        assert taught["teacher"]["name"] == teacher
+        parents = record(tmp_path / "ws", name)["parents"]
+        assert parents["teacher"] == taught["teacher"]["sha256"]
+        assert taught["test_loss"] != alone["test_loss"]
+
+
+def test_a_teacher_is_part_of_what_is_resumed(copied):
+    line = "--steps 2 --name taught --distill-logits 0.3"
+    tune(copied, f"{line} --teacher demo__mobilenetv3")
+    error = refused(copied, f"{line} --teacher demo__resnext --resume", 2)
+    assert "was trained with the teacher demo__mobilenetv3" in error["message"]
+    assert "now demo__resnext" in error["message"]
+    error = refused(copied, "--steps 2 --name taught --resume", 2)
+    assert "now None" in error["message"]
+    tune(copied, f"{line} --teacher demo__mobilenetv3 --resume")
+
+
+def test_teachers_that_are_refused(copied, tmp_path):
+    before = snapshot(tmp_path / "ws")
+    error = refused(copied, "--teacher demo__resnxt", 2)
+    assert error["message"] == "no donor named 'demo__resnxt' in the zoo"
+    assert "demo__resnext" in error["hint"]
+    error = refused(copied, "--teacher runs/nosuch", 2)
+    assert "there is no runs/nosuch" in error["message"]
+    assert "assemblies/default, runs/default" in error["hint"]
+    assert snapshot(tmp_path / "ws") == before
+    make_images(tmp_path / "pets", ["cat", "dog"], 10)
+    tune(copied, "--donor demo__mobilenetv3 --data ./pets --steps 1 --name pets")
+    error = refused(copied, "--teacher runs/pets", 2)
+    assert error["message"].startswith("the teacher runs/pets tells other classes apart")
+    assert "new cat, dog missing 0, 1, 2 ..." in error["message"]
+
+
+# bad input
+
+
+@pytest.fixture
+def stopped(copied, tmp_path, monkeypatch):
+    """A run of 8 updates that met a full disk at the sixth."""
+    sync = ckpt._sync
+
+    def full(path):
+        if "last-000006" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(ckpt, "_sync", full)
+    error = refused(copied, f"{RUN} --name parts", 1)
+    monkeypatch.undo()
+    assert "last-000006" in error["message"]
+    assert "the disk is full" in error["message"]
+    assert "--resume" in error["hint"]
+    return tmp_path / "ws" / "runs" / "parts"
+
+
+RUN = "--steps 8 --report-every 2 --valid-fraction 0.2"
+
+
+def test_after_a_full_disk_the_run_goes_on_to_the_same_bytes(copied, tmp_path, stopped):
+    assert ckpt.find_checkpoint(stopped, "last").name == "last-000004"
+    assert not (stopped / "run.json").exists()
+    tune(copied, f"{RUN} --name parts --resume")
+    tune(copied, f"{RUN} --name whole")
+    whole = tmp_path / "ws" / "runs" / "whole"
+    for name in ("model.safetensors", "metrics.jsonl", "run.json"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda f: (f / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"x"),
+            "model.safetensors was altered or cut short: sha256",
+        ),
+        (
+            lambda f: edit_json(f / "checkpoint.json", lambda d: d.update(version=9)),
+            "was written by a newer dery: checkpoint version 9",
+        ),
+        (lambda f: (f / "checkpoint.json").unlink(), "checkpoint.json is missing"),
+    ],
+    ids=["missing", "altered", "newer", "no-record"],
+)
+def test_a_damaged_checkpoint_is_not_resumed(copied, stopped, damage, text):
+    damage(stopped / "last-000004")
+    before = snapshot(stopped)
+    error = refused(copied, f"{RUN} --name parts --resume", 1)
+    assert text in error["message"]
+    assert error["hint"]
+    assert snapshot(stopped) == before
+
+
+def test_other_options_do_not_resume(copied, stopped):
+    error = refused(copied, f"{RUN} --name parts --resume --lr 0.1", 2)
+    assert "was trained with lr 0.001, now 0.1" in error["message"]
+    error = refused(copied, f"{RUN} --name never --resume", 2)
+    assert "holds no checkpoint to resume from" in error["message"]
+
+
+def test_two_runs_on_one_folder(copied, tmp_path):
+    with run_lock(tmp_path / "ws" / "runs" / "busy"):
+        error = refused(copied, f"{RUN} --name busy", 1)
+    assert "another process is fine-tuning in" in error["message"]
+    assert "--name" in error["hint"]
+
+
+def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(copied, tmp_path):
+    line = "--steps 9 --report-every 1 --lr 1e18 --clip-grad 0 --warmup 0 --name wild"
+    error = refused(copied, line, 1)
+    step = error["details"]["step"]
+    assert f"at update {step} of 9" in error["message"]
+    assert error["details"]["checkpoint"].endswith(f"last-{step - 1:06d}")
+    assert ckpt.load_checkpoint(tmp_path / "ws" / "runs" / "wild" / f"last-{step - 1:06d}")
+
+
+def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
+    make_images(tmp_path / "few", ["cat", "dog"], 10)
+    told = tune(copied, "--donor demo__mobilenetv3 --data ./few --steps 1 --name few")
+    assert told["warnings"] == [
+        "16 training images are fewer than a batch of 64: it was reduced to 16"
+    ]
+    make_images(tmp_path / "one", ["cat"], 10)
+    error = refused(copied, "--donor demo__mobilenetv3 --data ./one --steps 1 --name one", 2)
+    assert "only one class folder with images" in error["message"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
+    copied, tmp_path, pipeline, number, code
+):
+    line = shlex.split("finetune --steps 60 --report-every 60 --name parts --workspace ws")
+    run_dir = tmp_path / "ws" / "runs" / "parts"
+    with subprocess.Popen(
+        [sys.executable, "-m", "dery_cli", *line, "--json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while ckpt.find_checkpoint(run_dir, "last") is None:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert json.loads(out)["ok"] is False
+    assert "Traceback" not in err
+    assert 0 < ckpt.load_checkpoint(ckpt.find_checkpoint(run_dir, "last")).step < 60
+    for more in (["--resume"], ["--name", "whole"]):
+        assert run_dery(*line, *more, cwd=tmp_path).code == 0
+    whole = run_dir.with_name("whole")
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_curves_change_nothing_of_the_run(copied, tmp_path):
+    pytest.importorskip("tensorboard")
+    line = "--steps 2 --name curves"
+    tune(copied, line)
+    before = snapshot(tmp_path / "ws")
+    outcome = copied("finetune", *line.split(), "--tensorboard")
+    assert "is up to date" in outcome.stdout
+    folder = tmp_path / "ws" / "runs" / "curves" / "tensorboard"
+    assert len(list(folder.iterdir())) == 1
+    after = snapshot(tmp_path / "ws")
+    assert before == {name: data for name, data in after.items() if "tensorboard" not in name}
