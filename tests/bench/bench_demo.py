@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max-params", default="400k")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", default="150")
-    parser.add_argument("--lr", nargs="+", default=["1e-3"])
+    parser.add_argument("--lr", nargs="+", default=["3e-3"])
     parser.add_argument("--batch-norm", default="train")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
