@@ -179,7 +179,8 @@ def _train(
     with terminal.progress("fine-tuning", steps) as bar:
 
         def advance(now: Progress) -> None:
-            bar.update(now.step, "" if now.loss is None else f"loss {now.loss:.3f}")
+            note = "" if now.loss is None else f"loss {now.loss:.3f}"
+            bar.update(now.step, note, now.eta)
             if now.report is not None:
                 table.row(_cells(now, now.report))
                 if curves is not None:

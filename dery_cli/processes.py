@@ -206,19 +206,22 @@ class LaunchedProcesses(Processes):
         except BaseException as error:
             self._broken = True
             lost = _is_lost(error) or _is_lost(error.__cause__)
-            known = lost or isinstance(error, DeryError)
-            if not self.main and isinstance(error, Exception):
-                if not lost:
-                    with contextlib.suppress(RuntimeError):  # the store is gone
-                        store.compare_set(_WORD, "", json.dumps(_to_json(error)))
-                if not known:
+            own = isinstance(error, DeryError) and not lost
+            if self.main:
+                if not own and (word := _word(store)) is not None:
+                    message, hint, details = word["message"], word["hint"], word["details"]
+                    raise DeryError(message, hint, details=details) from error
+                if lost and not isinstance(error, DeryError):
+                    raise _lost(error) from error
+                raise
+            if not isinstance(error, Exception):  # a signal
+                raise
+            if not lost:
+                with contextlib.suppress(RuntimeError):  # the store is gone
+                    store.compare_set(_WORD, "", json.dumps(_to_json(error)))
+                if not own:
                     traceback.print_exception(error)
-                raise Dismissed from error
-            if self.main and (lost or not known) and (word := _word(store)) is not None:
-                raise DeryError(word["message"], word["hint"], details=word["details"]) from error
-            if lost and not isinstance(error, DeryError):
-                raise _lost(error) from error
-            raise
+            raise Dismissed from error
 
     def close(self, code: int | None) -> None:
         if code is None or self._broken:

@@ -28,13 +28,20 @@ class Progress:
         self.total = total
         self.done = 0
         self.note = ""
+        self.left: float | None = None
 
     def advance(self, count: int = 1) -> None:
         self.done += count
 
-    def update(self, done: int, note: str = "") -> None:
-        """Set the position; ``note`` stands beside the description."""
-        self.note = note
+    def update(self, done: int, note: str = "", left: float | None = None) -> None:
+        """Set the position.
+
+        Args:
+            done: Parts done.
+            note: Stands beside the description.
+            left: Seconds, where the caller knows better than the mean pace so far.
+        """
+        self.note, self.left = note, left
         self.advance(done - self.done)
 
 
@@ -158,8 +165,8 @@ class Terminal:
                     super().advance(count)
                     bar.advance(task, count)
 
-                def update(self, done: int, note: str = "") -> None:
-                    self.done = done
+                def update(self, done: int, note: str = "", left: float | None = None) -> None:
+                    self.done, self.left = done, left
                     text = f"{description} {note}" if note else description
                     bar.update(task, completed=done, description=text)
 
@@ -190,20 +197,15 @@ class _PlainProgress(Progress):
         super().__init__(total)
         self._terminal, self._description = terminal, description
         self._start = self._last = time.monotonic()
-        self._origin = (self._start, 0)
-
-    def update(self, done: int, note: str = "") -> None:
-        if self.done == 0 < done:  # a resumed task begins somewhere
-            self._origin = (time.monotonic(), done)
-        super().update(done, note)
 
     def advance(self, count: int = 1) -> None:
         super().advance(count)
         now = time.monotonic()
         if now - self._last >= _PLAIN_SECONDS and 0 < self.done < self.total:
             self._last = now
-            began, first = self._origin
-            left = (now - began) * (self.total - self.done) / max(self.done - first, 1)
+            left = self.left
+            if left is None:
+                left = (now - self._start) * (self.total - self.done) / self.done
             self._terminal.note(
                 f"{self._description} {self.done}/{self.total}, about {left:.0f} s left"
                 f"{'  ' + self.note if self.note else ''}"

@@ -258,7 +258,7 @@ class _Run:
         """Look at the losses and the wish to stop, together on all processes.
 
         Raises:
-            DeryError: A loss is not finite.
+            DeryError: A loss is not finite, or the weights where it is looked ``now``.
         """
         alone = self.accelerator.num_processes == 1
         patient = self.accelerator.device.type != "cpu" and not (now or (alone and stop))
@@ -273,10 +273,12 @@ class _Run:
         self.losses = []
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
-                raise diverged(self.run_dir, loss, step, self.plan.steps)
+                raise diverged(self.run_dir, f"the loss is {loss}", step, self.plan.steps)
             self.loss_sum += loss
             self.loss_count += 1
             self.last_loss = loss
+        if now and not self.trained.is_finite:  # a gradient breaks them an update before the loss
+            raise diverged(self.run_dir, "the weights are not finite", self.step, self.plan.steps)
         return bool(wish > 0)
 
     def _report(self, lr: float) -> dict[str, Any]:

@@ -86,11 +86,11 @@ def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     return math.isfinite(loss) and (higher or not math.isfinite(best_loss))
 
 
-def diverged(run_dir: Path, loss: float, step: int, steps: int) -> DeryError:
-    """What a loss that is not finite is answered with."""
+def diverged(run_dir: Path, what: str, step: int, steps: int) -> DeryError:
+    """What a loss or weights that are not finite are answered with."""
     last = find_checkpoint(run_dir, "last")
     return DeryError(
-        f"the loss is {loss} at update {step} of {steps}; the last good checkpoint is {last}",
+        f"{what} at update {step} of {steps}; the last good checkpoint is {last}",
         "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed",
         details={"step": step, "checkpoint": None if last is None else str(last)},
     )

@@ -41,6 +41,11 @@ class Trained:
         """The network with the weights that are scored and kept."""
         return self.model if self.ema is None else self.ema.module
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all parameters are."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+
     def _modules(self) -> dict[str, nn.Module]:
         averaged = None if self.ema is None else self.ema.module
         named = {"model": self.model, "ema": averaged, "adapter": self.adapter}

@@ -30,15 +30,13 @@ def test_a_growing_table_is_not_for_quiet_or_following_processes(capsys, monkeyp
     assert capsys.readouterr().err == ""
 
 
-def test_the_time_left_of_a_resumed_task_counts_from_where_it_began(capsys, monkeypatch):
-    """One step every 20 seconds: 8 of 100 are left after the second update."""
+@pytest.mark.parametrize(("known", "left"), [(None, "5"), (160.0, "160")])
+def test_the_time_left_is_what_the_caller_knows_or_the_mean_pace(capsys, monkeypatch, known, left):
+    """92 of 100 after 60 seconds, which a resumed task did not spend on all of them."""
     clock = itertools.count(step=20.0)
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with Terminal().progress("training", 100) as bar:
-        bar.update(91)
-        capsys.readouterr()
-        bar.update(92)
+        next(clock), next(clock)
+        bar.update(92, "loss 1", known)
     first = capsys.readouterr().err.splitlines()[0]
-    left = float(first.partition("about ")[2].partition(" s left")[0])
-    assert first.startswith("training 92/100")
-    assert 20 * 8 <= left <= 60 * 8
+    assert first == f"training 92/100, about {left} s left  loss 1"

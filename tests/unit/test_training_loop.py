@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -102,6 +103,8 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path):
     run(tmp_path / "parts", parts, grad_accum=4)
     for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    for line, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_frozen_blocks_keep_their_bits_batch_norm_included(tmp_path):
@@ -284,6 +287,20 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     )
     assert error.value.details == {"step": 7, "checkpoint": f"{tmp_path}/last-000004"}
     assert ckpt.load_checkpoint(tmp_path / "last-000004").step == 4
+
+
+def test_weights_that_break_before_the_loss_are_not_saved(tmp_path):
+    """The eighth update's gradient is NaN, its loss is not, and then a report is due."""
+    model, calls = Assembly(), itertools.count(1)
+    model.head.weight.register_hook(lambda grad: grad * (math.nan if next(calls) == 8 else 1.0))
+    with pytest.raises(DeryError) as error:
+        run(tmp_path, model)
+    assert error.value.message.startswith("the weights are not finite at update 8 of 12")
+    assert error.value.details == {"step": 8, "checkpoint": f"{tmp_path}/last-000004"}
+    assert [line["step"] for line in lines(tmp_path)] == [4]
+    assert [folder.name for folder in ckpt.checkpoints(tmp_path, "best")] == ["best-000004"]
+    for named in ckpt.load_checkpoint(tmp_path / "last-000004").tensors.values():
+        assert all(value.isfinite().all() for value in named.values())
 
 
 def test_labels_out_of_range_and_one_class_are_refused_before_anything_is_written(tmp_path):

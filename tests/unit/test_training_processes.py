@@ -15,6 +15,7 @@ import torch
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.loop import finetune
 from dery_cli.training.recipe import FinetuneConfig
+from dery_cli.training.signals import Interruption
 from tests.unit.training_standins import CLASSES, Assembly, Noisy, images, in_a_child, lines
 
 REPOSITORY = Path(__file__).parents[2]
@@ -95,6 +96,17 @@ def test_a_second_signal_does_not_wait(tmp_path):
         os.kill(child, signal.SIGINT)
         time.sleep(0.3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
+
+
+def test_of_signals_that_a_launcher_repeats_only_the_first_counts():
+    with Interruption(repeated=True) as interruption:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.raise_signal(number)
+        assert interruption.received == signal.SIGTERM
+    with Interruption():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_run_killed_at_any_moment_resumes(tmp_path):
