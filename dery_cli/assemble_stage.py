@@ -236,7 +236,6 @@ def build_assembly(
     check_size(network, chosen, target_shape, config.memory_batch)
     timing = _time_whole(assembler, chosen, network, target_shape)
     rows = [_row(assembler, role, entry) for role, entry in compared]
-    test_top1 = next(row["test_top1"] for row in rows if row["role"] == "picked")
     data: dict[str, Any] = {
         "network": describe_network(
             assembler.zoo,
@@ -261,7 +260,7 @@ def build_assembly(
         "program": {**proof, "score": chosen.program_score},
         "licenses": licences(assembler.zoo, chosen.refs),
         "comparison": rows,
-        "test_top1": test_top1,
+        "test_top1": built.test_top1,
     }
     ordered = sorted(scored, key=lambda entry: -entry.proxy)
     listing = {
@@ -329,11 +328,9 @@ def _compared(
 
 
 def _row(assembler: Assembler, role: str, entry: Scored) -> dict[str, Any]:
-    built = assembler.maker.finish(entry.candidate)
-    donor = entry.candidate.refs[0].donor
     return {
         "role": role,
         **entry.to_json(),
         "mean_r2": entry.r2,
-        "test_top1": assembler.maker.test_accuracy(built.network, donor),
+        "test_top1": assembler.maker.finish(entry.candidate).test_top1,
     }

@@ -63,7 +63,7 @@ class DataSet:
     """An opened data spec.
 
     Args:
-        spec: What the user typed; folders are kept as resolved paths.
+        spec: As it is recorded: folders as resolved paths, plugins as ``NAME:ARGUMENT``.
         classes: Class names in label order; None where the images have no labels.
         train: The images things are fitted and chosen on.
         test: Held-out images that are only reported on, or None where there are none.

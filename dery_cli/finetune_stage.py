@@ -142,7 +142,7 @@ def _open(
             space, request.assembly, scratch=request.scratch, seed=config.seed
         )
         target = start.assembly.record.data
-        skip_bad = skip_bad or (request.data is None and target.get("target_skip_bad", False))
+        skip_bad = skip_bad or (request.data is None and target["target_skip_bad"])
         return start, open_checked(terminal, request.data or target["target"], skip_bad=skip_bad)
     assert request.data is not None
     data = open_checked(terminal, request.data, skip_bad=skip_bad)

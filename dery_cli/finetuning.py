@@ -19,8 +19,8 @@ from dery_cli.assembly_store import (
     loaded,
 )
 from dery_cli.core.network import AssembledNetwork, linear_head
+from dery_cli.core.probe import fit_classifier
 from dery_cli.core.proxies import pre_logits
-from dery_cli.core.ridge import fit_classifier
 from dery_cli.data import DataSet, ImageDataset, fingerprint, stratified_holdout
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.loading import ImageBatches, as_dataset

@@ -14,8 +14,8 @@ from dery_cli.config import AssembleConfig
 from dery_cli.core.cost import count_flops, count_params
 from dery_cli.core.match import Match, match_features
 from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.probe import fit_classifier
 from dery_cli.core.proxies import ProxyInputs, pre_logits
-from dery_cli.core.ridge import fit_classifier
 from dery_cli.core.stitch_fit import StitchFit
 from dery_cli.errors import DeryError
 from dery_cli.inference import network_memory
@@ -34,11 +34,13 @@ class Finished:
         network: With a head where the target has labels, in eval mode.
         fits: For each block, how well the stitch in front of it was fitted, or None.
         match: What training the stitches came to, where that was asked for.
+        test_top1: On the test images, which nothing was chosen on; None where there are none.
     """
 
     network: AssembledNetwork
     fits: tuple[StitchFit | None, ...]
     match: Match | None
+    test_top1: float | None
 
 
 class NetworkMaker:
@@ -121,7 +123,9 @@ class NetworkMaker:
             x_NC = pre_logits(network, batches)
             classifier = fit_classifier(x_NC, torch.tensor(labels), num_classes)
             network.head = linear_head(classifier).to(self.target.device)
-        finished = Finished(network.eval(), built.fits, matched)
+        network.eval()
+        top1 = self._test_accuracy(network, candidate.refs[0].donor)
+        finished = Finished(network, built.fits, matched, top1)
         self._finished[candidate.refs] = finished
         return finished
 
@@ -131,13 +135,11 @@ class NetworkMaker:
             return None
         last = candidate.refs[-1]
         whole = self.donors[last.donor].block(0, last.stop).eval()
-        with torch.no_grad():
-            wanted_NC = torch.cat([whole(x) for x in self.view(last.donor, fit=True)])
+        wanted_NC = pre_logits(whole, self.view(last.donor, fit=True)).to(self.target.device)
         x_NCHW = torch.cat(list(self.view(candidate.refs[0].donor, fit=True)))
         return match_features(network, x_NCHW, wanted_NC, seed=self.config.seed)
 
-    def test_accuracy(self, network: AssembledNetwork, donor: str) -> float | None:
-        """Top-1 on the test images, which nothing was chosen on; None where there are none."""
+    def _test_accuracy(self, network: AssembledNetwork, donor: str) -> float | None:
         test = self.target.data.test
         if test is None or test.labels is None or network.head is None:
             return None

@@ -17,10 +17,10 @@ from torch import Tensor
 from dery_cli.config import AssembleConfig, DonorFilter
 from dery_cli.core.assemble import AssemblyProblem, BlockFilter, Resource
 from dery_cli.core.dissect import Dissection
-from dery_cli.core.features import pool_node
+from dery_cli.core.features import probe_features
 from dery_cli.core.joints import joint_r2, joint_score
 from dery_cli.core.network import needs_stitch
-from dery_cli.core.ridge import probe_accuracy
+from dery_cli.core.probe import probe_accuracy
 from dery_cli.core.stitch import StitchCost, stitch_cost
 from dery_cli.embeddings import Embeddings
 from dery_cli.types import BlockRef, Node, StitchKind
@@ -78,10 +78,7 @@ def probe_nodes(
     labels: Sequence[int],
     num_classes: int,
 ) -> dict[int, float]:
-    """Cross-validated probe accuracy q at some nodes of a donor, in one pass over the images.
-
-    The probe sees what the similarity sees, the mean over positions, and the prefix tokens.
-    """
+    """Cross-validated probe accuracy q at some nodes of a donor, in one pass over the images."""
     wanted = set(nodes)
     kept: dict[int, list[Tensor]] = {index: [] for index in nodes}
     with torch.inference_mode():
@@ -90,9 +87,7 @@ def probe_nodes(
                 if index not in wanted:
                     continue
                 node = dissection.anatomy.nodes[index]
-                pooled = pool_node(raw, node, grid=1)
-                summary = torch.cat([pooled.feat_NC, pooled.prefix_NTC.flatten(1)], dim=1)
-                kept[index].append(summary.float().cpu())
+                kept[index].append(probe_features(raw, node))
     label_N = torch.tensor(list(labels))
     return {
         index: probe_accuracy(torch.cat(parts), label_N, num_classes)

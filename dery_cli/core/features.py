@@ -107,6 +107,12 @@ def pool_node(
 
 
 @torch.inference_mode()
+def probe_features(x: Tensor, node: Node) -> Tensor:
+    """What a probe sees of a node: the mean over positions and the prefix tokens, on the CPU."""
+    pooled = pool_node(x, node, grid=1)
+    return torch.cat([pooled.feat_NC, pooled.prefix_NTC.flatten(1)], dim=1).float().cpu()
+
+
 def embed_batches(
     dissection: Dissected,
     batches: Iterable[Tensor],

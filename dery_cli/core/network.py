@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dery_cli.core.dissect import Dissection
-from dery_cli.core.ridge import LinearClassifier
+from dery_cli.core.probe import LinearClassifier
 from dery_cli.core.stitch import Stitch
 from dery_cli.core.stitch_choice import choose_class_weight
 from dery_cli.core.stitch_fit import (
     StitchFit,
     StitchRegression,
-    fit_stitch,
     reestimate_batch_norm,
 )
 from dery_cli.types import BlockRef, Node, StitchKind
@@ -237,7 +236,7 @@ class NetworkBuilder:
     def _fit(self, stitch: Stitch, outputs: Batches, last: BlockRef, block: nn.Module) -> StitchFit:
         if self._kind is StitchKind.PAPER:
             reestimate_batch_norm(stitch, outputs)
-            return fit_stitch(stitch, list)
+            return StitchFit(self._kind, None, None)
         wanted = self._target(last.donor, last.start)
         regression = StitchRegression(
             stitch, lambda: zip(outputs(), wanted(), strict=True), labels=self._labels

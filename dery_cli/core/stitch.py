@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -139,6 +138,8 @@ def _channel_map(source: Node, target: Node, kind: StitchKind) -> nn.Module:
     if kind is StitchKind.PAPER:
         if target.layout is Layout.NCHW:
             return nn.Sequential(nn.BatchNorm2d(c), nn.Conv2d(c, d, 1), nn.LeakyReLU(0.1))
+        from timm.layers import LayerNorm2d  # takes two seconds, and only this kind needs it
+
         return nn.Sequential(LayerNorm2d(c), nn.Conv2d(c, d, 1))
     return nn.Conv2d(c, d, 1)
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dery_cli.core.features import pool_node
-from dery_cli.core.ridge import probe_error
+from dery_cli.core.features import probe_features
+from dery_cli.core.probe import probe_error
 from dery_cli.core.stitch_fit import FOLDS, StitchRegression, reestimate_batch_norm
 from dery_cli.types import Node
 
@@ -43,6 +43,7 @@ def choose_class_weight(
     num_classes = int(label_N.max()) + 1
     if len(label_N) < MIN_IMAGES:
         return CLASS_WEIGHTS[0]
+    trial = copy.deepcopy(block)
     even, odd = range(0, FOLDS, 2), range(1, FOLDS, 2)
     errors = []
     for weight in CLASS_WEIGHTS:
@@ -50,7 +51,7 @@ def choose_class_weight(
         for fitted_on, asked_on in ((even, odd), (odd, even)):
             regression.fit(weight, only=fitted_on)
             asked_N = torch.isin(torch.arange(len(label_N)) % FOLDS, torch.tensor(asked_on))
-            feat_NC = _features(regression.stitch, block, after, batches, asked_N)
+            feat_NC = _features(regression.stitch, trial, after, batches, asked_N)
             error += probe_error(feat_NC, label_N[asked_N], num_classes)
         errors.append(error)
     return CLASS_WEIGHTS[errors.index(min(errors))]
@@ -58,13 +59,12 @@ def choose_class_weight(
 
 def _features(
     stitch: nn.Module,
-    block: nn.Module,
+    trial: nn.Module,
     after: Node,
     batches: Callable[[], Iterable[Tensor]],
     asked_N: Tensor,
 ) -> Tensor:
     """What the block makes of the images asked about, as the probe sees it."""
-    trial = copy.deepcopy(block)
 
     def stitched() -> Iterator[Tensor]:
         for x in batches():
@@ -78,6 +78,5 @@ def _features(
             start += len(x)
             if not kept.any():
                 continue
-            pooled = pool_node(trial(stitch(x[kept])), after, grid=1)
-            found.append(torch.cat([pooled.feat_NC, pooled.prefix_NTC.flatten(1)], 1).float().cpu())
+            found.append(probe_features(trial(stitch(x[kept])), after))
     return torch.cat(found)

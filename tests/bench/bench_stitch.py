@@ -13,6 +13,7 @@ import argparse
 import copy
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ from dery_cli import dissect
 from dery_cli.core.dissect import Dissection
 from dery_cli.core.match import match_features
 from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.probe import fit_classifier
 from dery_cli.core.proxies import pre_logits
-from dery_cli.core.ridge import fit_classifier
 from dery_cli.data import DataSet, EvalTransform, ImageDataset, open_data
 from dery_cli.loading import ImageBatches, as_dataset
 from dery_cli.training.augment import train_transform
@@ -49,12 +50,15 @@ HEAD_IMAGES = 2048
 INPUT = dery_demo.zoo.card("resnet").input
 
 
+Batches = tuple[list[torch.Tensor], list[int]]
+
+
 def refs(text: str) -> list[BlockRef]:
     found = re.finditer(r"(\S+)\[(\d+):(\d+)\]", text)
     return [BlockRef(match[1], int(match[2]), int(match[3])) for match in found]
 
 
-def batches(data: DataSet, count: int) -> tuple[list[torch.Tensor], list[int]]:
+def batches(data: DataSet, count: int) -> Batches:
     """Training images spread evenly over the data, and their labels."""
     indices = list(range(0, len(data.train), max(1, len(data.train) // count)))[:count]
     loaded = ImageBatches(
@@ -64,9 +68,16 @@ def batches(data: DataSet, count: int) -> tuple[list[torch.Tensor], list[int]]:
 
 
 def build(
-    donors: dict[str, Dissection], blocks: list[BlockRef], way: str, data: DataSet, seed: int
+    donors: dict[str, Dissection],
+    blocks: list[BlockRef],
+    way: str,
+    fit: Batches,
+    rest: Batches,
+    classes: Sequence[str],
+    seed: int,
 ) -> AssembledNetwork:
-    images, labels = batches(data, FIT_IMAGES)
+    """A network with stitches fitted on ``fit`` and a head fitted on ``rest``."""
+    images, labels = fit
     kind = StitchKind(way) if way in ("mlp", "paper") else StitchKind.LINEAR
     with_labels = way in ("labels", "mlp")
     builder = NetworkBuilder(
@@ -77,8 +88,8 @@ def build(
         whole = donors[blocks[-1].donor].block(0, blocks[-1].stop).eval()
         wanted = pre_logits(whole, images)
         match_features(network, torch.cat(images), wanted, seed=seed)
-    images, labels = batches(data, HEAD_IMAGES)
-    head = fit_classifier(pre_logits(network, images), torch.tensor(labels), len(data.classes))
+    images, labels = rest
+    head = fit_classifier(pre_logits(network, images), torch.tensor(labels), len(classes))
     network.head = linear_head(head)
     return network.eval()
 
@@ -98,6 +109,7 @@ def main() -> None:
         for name in names
     }
     test = as_dataset(ImageDataset(data.test, EvalTransform(INPUT)))
+    fit, rest = batches(data, FIT_IMAGES), batches(data, HEAD_IMAGES)
     means: dict[str, list[float]] = {}
     print(f"{len(data.train)} training images of {len(data.classes)} classes, {len(test)} test")
     print("each column is an assembly: top-1, fine-tuned where there are steps, mean over seeds")
@@ -106,7 +118,7 @@ def main() -> None:
         for text in ASSEMBLIES:
             scores = [[], []]
             for seed in range(args.seeds):
-                network = build(donors, refs(text), way, data, seed)
+                network = build(donors, refs(text), way, fit, rest, data.classes, seed)
                 scores[0].append(evaluate(network, test, classes=data.classes).top1)
                 if args.steps:
                     tune(network, data, args.steps, args.lr, seed)

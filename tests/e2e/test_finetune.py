@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from dery_cli.core.ridge import fit_classifier
+from dery_cli.core.probe import fit_classifier
 from dery_cli.data import EvalTransform, open_data, stratified_holdout
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.runlog import run_lock

@@ -17,7 +17,7 @@ from dery_cli.core.network import (
     needs_stitch,
     replay,
 )
-from dery_cli.core.ridge import fit_classifier
+from dery_cli.core.probe import fit_classifier
 from dery_cli.types import BlockRef
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from dery_cli.core.probe import probe_accuracy
 from dery_cli.core.proxies import ProxyInputs, naswot, params, probe
-from dery_cli.core.ridge import probe_accuracy
 
 
 def inputs(network: nn.Module, x: torch.Tensor, labels=None, classes=None) -> ProxyInputs:

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from dery_cli.core.joints import joint_r2
-from dery_cli.core.ridge import (
-    RIDGE_PENALTIES,
-    RidgeStatistics,
-    fit_classifier,
-    probe_accuracy,
-    stratified_folds,
-)
+from dery_cli.core.probe import fit_classifier, probe_accuracy, stratified_folds
+from dery_cli.core.ridge import RIDGE_PENALTIES, RidgeStatistics
 from dery_cli.types import Layout, Node
 
 
@@ -189,3 +184,16 @@ def test_joint_r2_equals_the_single_fit(layout):
     found = joint_r2(source, x, {7: (target, y), 9: other})
     assert found[7] == pytest.approx(expected, abs=1e-9)
     assert found[9] < 0.1
+
+
+def test_statistics_that_grow_after_a_fit_are_fitted_anew():
+    x, y, _, _ = _data(noise=1.0)
+    fold = torch.arange(len(x)) % 4
+    grown, whole = RidgeStatistics(3, 5, 4), RidgeStatistics(3, 5, 4)
+    grown.update(x[:32], y[:32], fold[:32])
+    grown.solve(position_bias=False)
+    grown.update(x[32:], y[32:], fold[32:])
+    whole.update(x[:32], y[:32], fold[:32])
+    whole.update(x[32:], y[32:], fold[32:])
+    fits = [s.solve(position_bias=False) for s in (grown, whole)]
+    assert torch.equal(fits[0].weight_CD, fits[1].weight_CD)

@@ -8,8 +8,8 @@ import torch
 import dery_demo
 from dery_cli import dissect
 from dery_cli.core.network import NetworkBuilder
+from dery_cli.core.probe import fit_classifier
 from dery_cli.core.proxies import pre_logits
-from dery_cli.core.ridge import fit_classifier
 from dery_cli.data import open_data
 from dery_cli.loading import ImageBatches
 from dery_cli.types import BlockRef
