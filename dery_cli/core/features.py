@@ -113,6 +113,7 @@ def probe_features(x: Tensor, node: Node) -> Tensor:
     return torch.cat([pooled.feat_NC, pooled.prefix_NTC.flatten(1)], dim=1).float().cpu()
 
 
+@torch.inference_mode()
 def embed_batches(
     dissection: Dissected,
     batches: Iterable[Tensor],
