@@ -81,6 +81,7 @@ def describe_network(
                 "r2": fit.r2,
                 "class_weight": fit.class_weight,
                 "prefix_r2": fit.prefix_r2,
+                "position": fit.position,
             }
         )
     return {

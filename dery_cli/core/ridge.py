@@ -95,12 +95,14 @@ class RidgeFit:
         weight_CD: The map W.
         bias_GD: The offset b, one row a position, or a single row shared by all.
         r2: Cross-validated R2 of the plain regression over all outputs, 1 - SSE/SST; at least -1.
+        error: The SSE of it, which fits with and without position biases share the scale of.
         penalty: The chosen penalty in units of the mean eigenvalue.
     """
 
     weight_CD: Tensor
     bias_GD: Tensor
     r2: float
+    error: float
     penalty: float
 
 
@@ -224,7 +226,7 @@ class RidgeStatistics:
         basis = self._basis((chosen, None, position_bias), centred)
         weight_CD = basis.weights(centred.cross_CD, penalties[best])
         bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
-        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), penalties[best])
+        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), float(plain.min()), penalties[best])
 
     def _basis(self, key: tuple[tuple[int, ...], int | None, bool], centred: _Centred) -> _Basis:
         """Of some folds, one left out; the inputs alone decide it, whatever the class weight."""

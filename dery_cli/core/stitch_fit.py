@@ -12,6 +12,7 @@ often what the task needs. ``stitch_choice`` says how much more.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -33,6 +34,9 @@ CLASS_BYTES = 256 << 20
 
 FOLDS = 4
 
+MIN_BATCH = 16
+"""Statistics of fewer images say little; smaller batches are joined."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StitchFit:
@@ -43,12 +47,15 @@ class StitchFit:
         r2: Cross-validated R2 at the target's grid positions; None for random weights.
         prefix_r2: The same for its prefix tokens; None where it expects none.
         class_weight: How much more the class means counted.
+        position: Whether a stitch into tokens kept its position biases; where it did not, one bias
+            for all predicts better. None where it has none.
     """
 
     kind: StitchKind
     r2: float | None
     prefix_r2: float | None
     class_weight: float = 0.0
+    position: bool | None = None
 
 
 PairedBatches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -120,6 +127,12 @@ class StitchRegression:
             if prefix is not None:
                 self._tokens = self._statistics(1, prefix.in_features, prefix.out_features, [0])
             self._rows = self._collect(stitch, batches)
+            self._position = None if stitch.position is None else self._position_helps()
+
+    def _position_helps(self) -> bool:
+        """Whether held-out images are predicted better with a bias a position than with one."""
+        own, shared = (self._rows.solve(position_bias=each).error for each in (True, False))
+        return own <= shared
 
     def fit(self, class_weight: float = 0.0, *, only: Sequence[int] | None = None) -> StitchFit:
         """Set the stitch to the regression's solution.
@@ -128,16 +141,16 @@ class StitchRegression:
             class_weight: b of the regression to y + b (mean of the image's class - mean of all).
             only: Folds to fit on; None is all.
         """
-        stitch, position = self.stitch, self.stitch.position is not None
+        stitch, position = self.stitch, bool(self._position)
         with torch.no_grad():
             fit = self._rows.solve(position_bias=position, class_weight=class_weight, only=only)
             _set_output(stitch, fit)
             if self._tokens is None or stitch.prefix is None:
-                return StitchFit(stitch.kind, fit.r2, None, class_weight)
+                return StitchFit(stitch.kind, fit.r2, None, class_weight, self._position)
             tokens = self._tokens.solve(position_bias=False, class_weight=class_weight, only=only)
             _copy(stitch.prefix.weight, tokens.weight_CD.T)
             _copy(stitch.prefix.bias, tokens.bias_GD[0])
-        return StitchFit(stitch.kind, fit.r2, tokens.r2, class_weight)
+        return StitchFit(stitch.kind, fit.r2, tokens.r2, class_weight, self._position)
 
     def _collect(self, stitch: Stitch, batches: PairedBatches) -> RidgeStatistics:
         """One pass: what the stitch's last layer gets, against the target."""
@@ -188,8 +201,9 @@ def _set_output(stitch: Stitch, fit: RidgeFit) -> None:
         _copy(layer.bias, fit.bias_GD[0])
         return
     mean_D = fit.bias_GD.mean(0)
+    bias_GD = fit.bias_GD.expand(grid_size(stitch.target), -1)
     _copy(layer.bias, mean_D)
-    _copy(stitch.position, (fit.bias_GD - mean_D).T.reshape(1, -1, *stitch.target.grid))
+    _copy(stitch.position, (bias_GD - mean_D).T.reshape(1, -1, *stitch.target.grid))
 
 
 def _set_first_layer(stitch: Stitch, rows: RidgeStatistics) -> None:
@@ -244,7 +258,8 @@ def batch_norms(module: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
 def reestimate_batch_norm(block: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> int:
     """Set the running statistics of a block's batch norms to those of its present inputs.
 
-    One pass in which only the batch norms are in training mode, their averages cumulative.
+    One pass in which only the batch norms are in training mode, their averages cumulative; they
+    stay as they are where there are not two images.
 
     Returns:
         The number of layers touched; 0 means that no pass was made.
@@ -252,19 +267,34 @@ def reestimate_batch_norm(block: nn.Module, batches: Callable[[], Iterable[Tenso
     layers = list(batch_norms(block))
     if not layers:
         return 0
-    momenta = [layer.momentum for layer in layers]
+    before = [(layer.momentum, copy.deepcopy(layer.state_dict())) for layer in layers]
     block.eval()
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
         layer.train()
+    passes = 0
     try:
         with torch.no_grad():
-            for x in batches():
-                if len(x) > 1:
-                    block(x)
+            for x in _at_least(MIN_BATCH, batches()):
+                block(x)
+                passes += 1
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, (momentum, state) in zip(layers, before, strict=True):
             layer.momentum = momentum
             layer.eval()
+            if not passes:
+                layer.load_state_dict(state)
     return len(layers)
+
+
+def _at_least(count: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Small batches joined; the last may have less than ``count`` images, but not one alone."""
+    waiting: list[Tensor] = []
+    for x in batches:
+        waiting.append(x)
+        if sum(map(len, waiting)) >= count:
+            yield torch.cat(waiting)
+            waiting = []
+    if sum(map(len, waiting)) > 1:
+        yield torch.cat(waiting)

@@ -154,6 +154,33 @@ def test_with_labels_what_tells_the_classes_apart_comes_through():
     assert gap(label.tolist(), 0.0) == plain
 
 
+@pytest.mark.parametrize("differ", [True, False], ids=["positions differ", "positions are alike"])
+def test_position_biases_are_kept_where_they_predict_better(differ):
+    source, target = node("NLC", 3, (4, 4)), node("NLC", 5, (4, 4), prefix=1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, *source.shape, generator=generator)
+    y = torch.randn(24, *target.shape, generator=generator)
+    if differ:
+        y[:, 1:] += 2 * torch.randn(16, 5, generator=generator)
+    stitch = Stitch(source, target)
+    nn.init.normal_(stitch.position)
+    fit = fit_stitch(stitch, lambda: [(x, y)])
+    assert fit.position is differ
+    grid = y[:, 1:].mean(0).T.reshape(1, 5, 4, 4)
+    if differ:
+        own = stitch.position + stitch.output.bias[:, None, None]
+        assert torch.allclose(own, grid, atol=0.6)
+    else:
+        assert not stitch.position.any()
+        assert torch.allclose(stitch.output.bias, grid.mean((0, 2, 3)), atol=0.1)
+
+
+def test_a_stitch_without_tokens_says_nothing_of_positions():
+    x = torch.randn(20, *SOURCES[0].shape)
+    y = torch.randn(20, *TARGETS[0].shape)
+    assert fit_stitch(Stitch(SOURCES[0], TARGETS[0]), lambda: [(x, y)]).position is None
+
+
 def test_resampling_averages_down_and_interpolates_up():
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert torch.equal(resample(x, (2, 2)), torch.tensor([[[[2.5, 4.5], [10.5, 12.5]]]]))
@@ -210,3 +237,21 @@ def test_no_pass_is_made_without_batch_norm():
         raise AssertionError("a pass was made")
 
     assert reestimate_batch_norm(nn.Conv2d(3, 3, 1), never) == 0
+
+
+def test_small_batches_are_joined_before_their_statistics_are_taken():
+    one, many = _Block().eval(), _Block().eval()
+    many.load_state_dict(one.state_dict())
+    x = 5 + 3 * torch.randn(32, 3, 4, 4)
+    reestimate_batch_norm(one, lambda: x.split(1))
+    reestimate_batch_norm(many, lambda: x.split(16))
+    assert torch.equal(one.norm.running_var, many.norm.running_var)
+
+
+def test_statistics_stay_where_there_are_no_two_images():
+    block = _Block().eval()
+    block.norm.running_mean.fill_(3.0)
+    before = copy.deepcopy(block.state_dict())
+    assert reestimate_batch_norm(block, lambda: [torch.randn(1, 3, 4, 4)]) == 1
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert block.norm.momentum == 0.1
