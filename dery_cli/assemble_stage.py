@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dery_cli.artifacts import (
@@ -19,7 +20,7 @@ from dery_cli.artifacts import (
 )
 from dery_cli.assembling import Assembler, frontier
 from dery_cli.assembly_store import MODEL_FILE, describe_network, licences, save_network
-from dery_cli.candidates import Candidate, Scored, pick
+from dery_cli.candidates import Candidate, Scored, finalists, pick, ranked
 from dery_cli.config import AssembleConfig, show_count, show_time
 from dery_cli.core.assemble import AssemblyProblem
 from dery_cli.data import DataSet, fingerprint, open_checked
@@ -33,6 +34,7 @@ from dery_cli.plugin import find_proxy
 from dery_cli.similarity_store import require_similarity
 from dery_cli.target import Target, choose_fit, choose_target
 from dery_cli.terminal import Terminal
+from dery_cli.types import BlockRef
 from dery_cli.zoo import require_zoo
 
 PARTITION_HINT = "dery partition"
@@ -174,6 +176,7 @@ def prepare(
             "data": target_data.spec,
             "skip_bad": target_data.skip_bad,
             "proxy": proxy_name,
+            "finalists": config.num_finalists(proxy_name),
         },
         seed=config.seed,
     )
@@ -221,21 +224,19 @@ def build_assembly(
         terminal.warn(f"CBC and the exact search disagree; the search counts: {proof['agreement']}")
     if require_optimal and not proof["optimal"]:
         raise DeryError(UNPROVEN, "raise or leave out --max-seconds")
-    proxy = find_proxy(proxy_name)
-    scored: list[Scored] = []
-    with terminal.progress("building candidates", len(found)) as bar:
-        for candidate in found:
-            scored.append(assembler.maker.score(candidate, proxy))
-            bar.advance()
-    best = pick(scored)
+    scored, compared = _choose(terminal, assembler, problem, found, proxy_name)
+    best = compared[0][1]
     chosen = best.candidate
-    compared = _compared(assembler, problem, scored, best, proxy)
-    built = assembler.maker.finish(chosen)
+    rows = []
+    with terminal.progress("finishing the pick and its controls", len(compared)) as bar:
+        built = assembler.maker.finish(chosen)
+        for role, entry in compared:
+            rows.append(_row(assembler, role, entry))
+            bar.advance()
     network = built.network
     target_shape = _input_shape(assembler, best)
     check_size(network, chosen, target_shape, config.memory_batch)
     timing = _time_whole(assembler, chosen, network, target_shape)
-    rows = [_row(assembler, role, entry) for role, entry in compared]
     data: dict[str, Any] = {
         "network": describe_network(
             assembler.zoo,
@@ -257,16 +258,16 @@ def build_assembly(
         "target_skip_bad": target.data.skip_bad,
         "match": None if built.match is None else dataclasses.asdict(built.match),
         "proxy": {"name": proxy_name, "score": best.proxy},
+        "held_out": best.held_out,
         "program": {**proof, "score": chosen.program_score},
         "licenses": licences(assembler.zoo, chosen.refs),
         "comparison": rows,
-        "test_top1": built.test_top1,
+        "test_top1": rows[0]["test_top1"],
     }
-    ordered = sorted(scored, key=lambda entry: -entry.proxy)
     listing = {
         "schema": "dery/candidates/1",
         "proxy": proxy_name,
-        "candidates": [entry.to_json() for entry in ordered],
+        "candidates": [entry.to_json() for entry in ranked(scored)],
     }
     with transaction(path) as work:
         save_network(work.path(MODEL_FILE), network)
@@ -312,19 +313,51 @@ def _input_shape(assembler: Assembler, best: Scored) -> tuple[int, ...]:
     return (spec.in_chans, *spec.image_size)
 
 
-def _compared(
-    assembler: Assembler, problem: Any, scored: list[Scored], best: Scored, proxy: Any
-) -> list[tuple[str, Scored]]:
-    """The pick beside the best whole model, a random assembly, and the largest candidate."""
-    entries = [("picked", best)]
+def _choose(
+    terminal: Terminal,
+    assembler: Assembler,
+    problem: AssemblyProblem,
+    found: Sequence[Candidate],
+    proxy_name: str,
+) -> tuple[list[Scored], list[tuple[str, Scored]]]:
+    """All candidates scored, and the pick beside what it is compared with.
+
+    The proxy ranks; where the target has labels, the best of them and the controls (the best whole
+    model, a random assembly, the largest candidate) are tried as they would be delivered, which
+    decides.
+    """
+    maker, proxy = assembler.maker, find_proxy(proxy_name)
+    count = assembler.config.num_finalists(proxy_name)
+    drawn = assembler.random_candidate(problem)
+    with terminal.progress("building candidates", len(found) + (drawn is not None)) as bar:
+        scored = []
+        for candidate in [*found, *([] if drawn is None else [drawn])]:
+            scored.append(maker.score(candidate, proxy))
+            bar.advance()
+    random = None if drawn is None else scored.pop()
+    largest = max(scored, key=lambda entry: entry.candidate.params)
+    if count and maker.can_try:
+        controls = [largest, *([] if random is None else [random])]
+        tried = finalists(scored, count)
+        tried += [entry for entry in controls if entry not in tried]
+        with terminal.progress("trying the best, half by half", 2 * len(tried)) as bar:
+            values = maker.try_out([entry.candidate for entry in tried], bar.advance)
+        held_out = {entry.candidate.refs: value for entry, value in zip(tried, values, strict=True)}
+        scored = [_with(entry, held_out) for entry in scored]
+        largest = _with(largest, held_out)
+        random = None if random is None else _with(random, held_out)
+    compared = [("picked", pick(scored))]
     wholes = [entry for entry in scored if entry.candidate.whole]
     if wholes:
-        entries.append(("best whole model", pick(wholes)))
-    drawn = assembler.random_candidate(problem)
-    if drawn is not None:
-        entries.append(("random assembly", assembler.maker.score(drawn, proxy)))
-    entries.append(("most params", max(scored, key=lambda entry: entry.candidate.params)))
-    return entries
+        compared.append(("best whole model", pick(wholes)))
+    if random is not None:
+        compared.append(("random assembly", random))
+    compared.append(("most params", largest))
+    return scored, compared
+
+
+def _with(entry: Scored, held_out: Mapping[tuple[BlockRef, ...], float]) -> Scored:
+    return dataclasses.replace(entry, held_out=held_out.get(entry.candidate.refs))
 
 
 def _row(assembler: Assembler, role: str, entry: Scored) -> dict[str, Any]:
@@ -332,5 +365,5 @@ def _row(assembler: Assembler, role: str, entry: Scored) -> dict[str, Any]:
         "role": role,
         **entry.to_json(),
         "mean_r2": entry.r2,
-        "test_top1": assembler.maker.finish(entry.candidate).test_top1,
+        "test_top1": assembler.maker.test_top1(entry.candidate),
     }

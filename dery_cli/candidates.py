@@ -51,11 +51,14 @@ class Scored:
         candidate: What was built.
         proxy: Its proxy's score.
         fits: Of the stitches.
+        held_out: Accuracy as delivered, on target images that it was not made on; None where it was
+            not tried.
     """
 
     candidate: Candidate
     proxy: float
     fits: tuple[StitchFit | None, ...]
+    held_out: float | None = None
 
     @property
     def r2(self) -> float | None:
@@ -75,15 +78,33 @@ class Scored:
             "latency_ns": self.candidate.latency,
             "memory_bytes": self.candidate.memory,
             "proxy": self.proxy,
+            "held_out": self.held_out,
             "r2": [None if fit is None else fit.r2 for fit in self.fits],
         }
 
 
-def pick(scored: Sequence[Scored]) -> Scored:
-    """The best by proxy; ties go to the smaller network, then to the first by name."""
+def ranked(scored: Sequence[Scored]) -> list[Scored]:
+    """Those that were tried by their accuracy, then the others by proxy.
 
-    def order(entry: Scored) -> tuple[float, int, int, str]:
+    Ties go to the better proxy, then to the smaller network, then to the first by name.
+    """
+
+    def order(entry: Scored) -> tuple[float, float, int, int, str]:
         candidate = entry.candidate
-        return (-entry.proxy, candidate.params, candidate.flops, str(candidate))
+        tried = 1.0 if entry.held_out is None else -entry.held_out
+        return (tried, -entry.proxy, candidate.params, candidate.flops, str(candidate))
 
-    return min(scored, key=order)
+    return sorted(scored, key=order)
+
+
+def pick(scored: Sequence[Scored]) -> Scored:
+    """The first of ``ranked``."""
+    return ranked(scored)[0]
+
+
+def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
+    """The first ``count``, and the first whole model if it is not among them."""
+    order = ranked(scored)
+    chosen = order[:count]
+    whole = next((entry for entry in order if entry.candidate.whole), None)
+    return chosen if whole is None or whole in chosen else [*chosen, whole]

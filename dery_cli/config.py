@@ -305,6 +305,8 @@ class DonorFilter:
 class AssembleConfig:
     """Options of ``dery assemble``."""
 
+    FINALISTS: ClassVar[int] = 8
+
     budget: Budget = Budget()
     donors: DonorFilter = DonorFilter()
     max_donors: int | None = None
@@ -314,6 +316,7 @@ class AssembleConfig:
     skip_bad: bool = False
     name: str = "default"
     candidates: int = 32
+    finalists: int | None = None
     proxy: str | None = None
     joint_weight: float = 0.1
     stitch: str = "linear"
@@ -327,6 +330,8 @@ class AssembleConfig:
     def __post_init__(self) -> None:
         check_name(self.name, "assembly")
         _positive("--candidates", self.candidates)
+        if self.finalists is not None:
+            _positive("--finalists", self.finalists, 0)
         _positive("--fit-samples", self.fit_samples, 8)
         _positive("--target-samples", self.target_samples, 8)
         if self.max_donors is not None:
@@ -337,6 +342,12 @@ class AssembleConfig:
         _one_of("--stitch", self.stitch, tuple(StitchKind))
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+
+    def num_finalists(self, proxy: str) -> int:
+        """How many are tried; by default none where the proxy is one that has to be asked for."""
+        if self.finalists is not None:
+            return self.finalists
+        return self.FINALISTS if proxy == "probe" else 0
 
     def options(self) -> dict[str, Any]:
         return {

@@ -322,18 +322,30 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return gray
 
 
-def normalised(image: Image.Image, spec: InputSpec) -> torch.Tensor:
-    """PIL image to a float tensor (C, H, W), scaled to [0, 1], then normalised."""
+def pixels(image: Image.Image) -> torch.Tensor:
+    """PIL image to bytes (C, H, W), uint8."""
     import numpy as np
     import torch
 
-    pixels = np.asarray(image, dtype=np.float32) / 255.0
-    if pixels.ndim == 2:
-        pixels = pixels[:, :, None]
-    x_CHW = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    mean = torch.tensor(spec.mean, dtype=torch.float32).view(-1, 1, 1)
-    std = torch.tensor(spec.std, dtype=torch.float32).view(-1, 1, 1)
-    return (x_CHW - mean) / std
+    values = np.array(image, dtype=np.uint8)
+    if values.ndim == 2:
+        values = values[:, :, None]
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def normalise(pixels_CHW: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """Bytes (..., C, H, W) to floats, scaled to [0, 1], then normalised."""
+    import torch
+
+    device = pixels_CHW.device
+    mean = torch.tensor(spec.mean, dtype=torch.float32, device=device).view(-1, 1, 1)
+    std = torch.tensor(spec.std, dtype=torch.float32, device=device).view(-1, 1, 1)
+    return (pixels_CHW.float() / 255.0 - mean) / std
+
+
+def normalised(image: Image.Image, spec: InputSpec) -> torch.Tensor:
+    """PIL image to a float tensor (C, H, W), scaled to [0, 1], then normalised."""
+    return normalise(pixels(image), spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +356,10 @@ class EvalTransform:
     crop: float = DEFAULT_CROP
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        return normalise(self.pixels(image), self.input)
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """The same before it is normalised: bytes (C, H, W)."""
         image = to_mode(image, self.input.in_chans)
         height, width = self.input.image_size
         resized = image.resize(
@@ -351,7 +367,7 @@ class EvalTransform:
             _RESAMPLING[self.input.interpolation],
             box=field_of_view(image.size, self.crop),
         )
-        return normalised(resized, self.input)
+        return pixels(resized)
 
 
 class ImageDataset:  # torch's Dataset by protocol: torch is not imported here

@@ -1,10 +1,8 @@
-"""Candidates as networks: built for scoring, finished for use, and tried on test images."""
+"""Candidates as networks: scored, tried as they would be delivered, and finished for use."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,39 +10,26 @@ from torch import Tensor
 from dery_cli.candidates import Candidate, Scored
 from dery_cli.config import AssembleConfig
 from dery_cli.core.cost import count_flops, count_params
-from dery_cli.core.match import Match, match_features
-from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
-from dery_cli.core.probe import fit_classifier
-from dery_cli.core.proxies import ProxyInputs, pre_logits
-from dery_cli.core.stitch_fit import StitchFit
+from dery_cli.core.network import AssembledNetwork
+from dery_cli.core.probe import stratified_folds
+from dery_cli.core.proxies import ProxyInputs
 from dery_cli.errors import DeryError
 from dery_cli.inference import network_memory
-from dery_cli.loading import ImageBatches
+from dery_cli.loading import ImageBatches, ImageStore
 from dery_cli.plugin import Proxy
 from dery_cli.target import DonorPool, Target
-from dery_cli.types import BlockRef, StitchKind
+from dery_cli.types import BlockRef
+from dery_cli.workshop import Delivered, Workshop
 from dery_cli.zoo import Zoo
 
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """A network of its own, ready to be written.
-
-    Args:
-        network: With a head where the target has labels, in eval mode.
-        fits: For each block, how well the stitch in front of it was fitted, or None.
-        match: What training the stitches came to, where that was asked for.
-        test_top1: On the test images, which nothing was chosen on; None where there are none.
-    """
-
-    network: AssembledNetwork
-    fits: tuple[StitchFit | None, ...]
-    match: Match | None
-    test_top1: float | None
+MIN_TRIAL_IMAGES = 40
+"""Half of fewer target images would tell nothing of what is made of the other half."""
 
 
 class NetworkMaker:
-    """Builds candidates on the target's images.
+    """Builds candidates on the target's images: ``score`` all, ``try_out`` some, ``finish`` few.
+
+    In that order: what a step kept in memory makes room for the next.
 
     Args:
         zoo: The donors.
@@ -55,41 +40,31 @@ class NetworkMaker:
 
     def __init__(self, zoo: Zoo, donors: DonorPool, target: Target, config: AssembleConfig) -> None:
         self.zoo, self.donors, self.target, self.config = zoo, donors, target, config
-        self._views: dict[tuple[str, bool], ImageBatches] = {}
+        self._images = ImageStore(
+            target.data.train,
+            target.indices,
+            crop=target.crop,
+            batch_size=target.batch_size,
+            device=target.device,
+            workers=target.workers,
+        )
         # labels would flatter what is scored on the images that it was fitted on
-        self._scout: NetworkBuilder | None = self._builder(labels=None)
-        self._final: NetworkBuilder | None = None
-        self._finished: dict[tuple[BlockRef, ...], Finished] = {}
+        self._scout: Workshop | None = self._workshop(target, with_labels=False)
+        self._final: Workshop | None = None
+        self._finished: dict[tuple[BlockRef, ...], Delivered] = {}
 
-    def _builder(self, labels: Sequence[int] | None) -> NetworkBuilder:
-        return NetworkBuilder(
-            self.donors,
-            lambda name: self.view(name, fit=True),
-            labels=labels,
-            kind=StitchKind(self.config.stitch),
-            seed=self.config.seed,
+    def _workshop(self, target: Target, *, with_labels: bool) -> Workshop:
+        return Workshop(
+            self.zoo, self.donors, self._images, target, self.config, with_labels=with_labels
         )
 
-    def view(self, donor: str, *, fit: bool = False) -> ImageBatches:
-        """The target's images as a donor sees them, all or those of fits, decoded once."""
-        fit = fit and self.target.fit_indices != self.target.indices
-        key = (donor, fit)
-        if key not in self._views:
-            self._views[key] = ImageBatches(
-                self.target.data.train,
-                self.target.fit_indices if fit else self.target.indices,
-                self.zoo[donor].input,
-                crop=self.target.crop,
-                batch_size=self.target.batch_size,
-                device=self.target.device,
-                workers=self.target.workers,
-                keep=True,
-            )
-        return self._views[key]
+    def view(self, donor: str) -> Iterable[Tensor]:
+        """The target's images as a donor sees them."""
+        return self._images.view(self.zoo[donor].input, self.target.indices)
 
     def score(self, candidate: Candidate, proxy: Proxy) -> Scored:
         """Build a candidate with closed-form stitches, fitted without labels, and ask the proxy."""
-        assert self._scout is not None, "score everything before anything is finished"
+        assert self._scout is not None, "score everything before anything is tried or finished"
         built = self._scout.build(candidate.refs)
         batches = self.view(candidate.refs[0].donor)
         value = proxy(
@@ -102,57 +77,80 @@ class NetworkMaker:
         )
         return Scored(candidate=candidate, proxy=float(value), fits=built.fits)
 
-    def finish(self, candidate: Candidate) -> Finished:
+    @property
+    def can_try(self) -> bool:
+        """Whether there are labels, and enough images to hold half of them out."""
+        return self.target.labels is not None and len(self.target.indices) >= MIN_TRIAL_IMAGES
+
+    def try_out(self, candidates: Sequence[Candidate], advance: Callable[[], None]) -> list[float]:
+        """Accuracy of each, made on half of the target's images and asked about the other half.
+
+        Both ways, stitches and head as they would be delivered: so that what labels add to a fit
+        counts for what it is worth on images that the fit has not seen.
+
+        Args:
+            candidates: To try.
+            advance: Called after each half of each candidate.
+        """
+        self._scout = None
+        hits = [0.0] * len(candidates)
+        halves = self._halves()
+        for made_on, asked_about in (halves, halves[::-1]):
+            workshop = self._workshop(made_on, with_labels=True)
+            labels = asked_about.labels
+            assert labels is not None
+            for number, candidate in enumerate(candidates):
+                network = workshop.deliver(candidate.refs).network
+                spec = self.zoo[candidate.refs[0].donor].input
+                batches = self._images.view(spec, asked_about.indices)
+                hits[number] += accuracy(network, batches, labels) * len(labels)
+                advance()
+        return [count / len(self.target.indices) for count in hits]
+
+    def _halves(self) -> tuple[Target, Target]:
+        """Two parts of the target with the same classes, those of fits halved too."""
+        fit, labels = set(self.target.fit_indices), self.target.labels
+        assert labels is not None
+        # a class among the images of fits is told from the same class among the others
+        kind_N = torch.tensor(
+            [2 * k + (i in fit) for i, k in zip(self.target.indices, labels, strict=True)]
+        )
+        half_of = dict(zip(self.target.indices, stratified_folds(kind_N, 2).tolist(), strict=True))
+        first, second = (
+            self.target.part([index for index, half in half_of.items() if half == number])
+            for number in range(2)
+        )
+        return first, second
+
+    def finish(self, candidate: Candidate) -> Delivered:
         """The candidate as a network of its own; with labels in its stitches, and with a head.
 
         Without labels it has no head, and plain stitches.
         """
-        if candidate.refs in self._finished:
-            return self._finished[candidate.refs]
-        if self._final is None:
-            again = self.target.fit_labels is not None
-            self._final = self._builder(self.target.fit_labels) if again else self._scout
-            self._scout = None  # what it keeps in memory makes room
+        if candidate.refs not in self._finished:
+            if self._final is None and self.target.labels is None:
+                self._final = self._scout
+            elif self._final is None:
+                self._scout, self._final = None, self._workshop(self.target, with_labels=True)
             assert self._final is not None
-        built = self._final.build(candidate.refs)
-        network = copy.deepcopy(built.network)
-        matched = self._match(network, candidate)
-        labels, num_classes = self.target.labels, self.target.num_classes
-        if labels is not None and num_classes is not None:
-            batches = self.view(candidate.refs[0].donor)
-            x_NC = pre_logits(network, batches)
-            classifier = fit_classifier(x_NC, torch.tensor(labels), num_classes)
-            network.head = linear_head(classifier).to(self.target.device)
-        network.eval()
-        top1 = self._test_accuracy(network, candidate.refs[0].donor)
-        finished = Finished(network, built.fits, matched, top1)
-        self._finished[candidate.refs] = finished
-        return finished
+            self._finished[candidate.refs] = self._final.deliver(candidate.refs)
+        return self._finished[candidate.refs]
 
-    def _match(self, network: AssembledNetwork, candidate: Candidate) -> Match | None:
-        """Train the stitches to give the last donor's pre-logits, where that is asked for."""
-        if not self.config.match or not network.stitches:
-            return None
-        last = candidate.refs[-1]
-        whole = self.donors[last.donor].block(0, last.stop).eval()
-        wanted_NC = pre_logits(whole, self.view(last.donor, fit=True)).to(self.target.device)
-        x_NCHW = torch.cat(list(self.view(candidate.refs[0].donor, fit=True)))
-        return match_features(network, x_NCHW, wanted_NC, seed=self.config.seed)
-
-    def _test_accuracy(self, network: AssembledNetwork, donor: str) -> float | None:
+    def test_top1(self, candidate: Candidate) -> float | None:
+        """Of the finished network on the test images, which nothing was chosen on."""
         test = self.target.data.test
-        if test is None or test.labels is None or network.head is None:
+        if test is None or test.labels is None or self.target.labels is None:
             return None
         batches = ImageBatches(
             test,
             range(len(test)),
-            self.zoo[donor].input,
+            self.zoo[candidate.refs[0].donor].input,
             crop=self.target.crop,
             batch_size=self.target.batch_size,
             device=self.target.device,
             workers=self.target.workers,
         )
-        return accuracy(network, batches, test.labels)
+        return accuracy(self.finish(candidate).network, batches, test.labels)
 
 
 def accuracy(network: AssembledNetwork, batches: Iterable[Tensor], labels: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
         f"- multiply-adds for one image: {data['flops']:,} ({show_count(data['flops'])})",
         f"- input: {_size(network['input']['image_size'])}, crop {network['crop']}",
         f"- budget: {data['budget']}",
-        f"- chosen by: {data['proxy']['name']}, {data['proxy']['score']:.4f}",
+        f"- chosen by: {_reason(data)}",
     ]
     if data["test_top1"] is not None:
         lines.append(f"- top-1 on {data['target']}, untrained: {data['test_top1']:.4f}")
@@ -54,6 +54,12 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _reason(data: Mapping[str, Any]) -> str:
+    if data["held_out"] is None:
+        return f"{data['proxy']['name']}, {data['proxy']['score']:.4f}"
+    return f"accuracy on held-out training images of {data['target']}, {data['held_out']:.4f}"
 
 
 def _size(image_size: list[int]) -> str:

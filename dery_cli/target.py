@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -60,6 +61,15 @@ class Target:
     def _labels(self, indices: tuple[int, ...]) -> list[int] | None:
         labels = self.data.train.labels
         return None if labels is None else [int(labels[i]) for i in indices]
+
+    def part(self, indices: Sequence[int]) -> Target:
+        """The same target, as if it had these of its images only."""
+        chosen = set(indices)
+        return dataclasses.replace(
+            self,
+            indices=tuple(indices),
+            fit_indices=tuple(index for index in self.fit_indices if index in chosen),
+        )
 
     @property
     def num_classes(self) -> int | None:

@@ -102,10 +102,19 @@ def assemble(
     candidates: Annotated[
         int,
         typer.Option("--candidates", "-n", help="Best of the program that are built and scored."),
-    ] = 32,
+    ] = AssembleConfig.candidates,
     proxy: Annotated[
         str | None,
-        typer.Option("--proxy", help="Score that decides: probe (needs labels), naswot, params."),
+        typer.Option("--proxy", help="Score of those built: probe (needs labels), naswot, params."),
+    ] = None,
+    finalists: Annotated[
+        int | None,
+        typer.Option(
+            "--finalists",
+            help="Best by the proxy that are tried as they would be delivered, on labelled target "
+            "images they were not made on, which decides; with 0 the proxy does. By default "
+            f"{AssembleConfig.FINALISTS} with probe, 0 with another proxy.",
+        ),
     ] = None,
     joint_weight: Annotated[
         float,
@@ -148,8 +157,9 @@ def assemble(
     """Choose one block per stage and set within the budget, join them, and fit what joins them.
 
     An integer program ranks the assemblies by what its blocks gain for the target and how well
-    their joints fit; the best of them, and the whole models within the budget, are built, and a
-    training-free proxy on the target's training images decides. The result works untrained.
+    their joints fit; the best of them, and the whole models within the budget, are built and ranked
+    by a training-free proxy; the first of these are made on half of the target's training images
+    and tried on the other half, which decides. The result works untrained.
     """
     config = AssembleConfig(
         budget=Budget.parse(
@@ -173,6 +183,7 @@ def assemble(
         skip_bad=skip_bad,
         name=name,
         candidates=candidates,
+        finalists=finalists,
         proxy=proxy,
         joint_weight=joint_weight,
         stitch=stitch,
@@ -220,6 +231,7 @@ def _show(
     proxy = data["proxy"]["name"]
     timed = data["latency_ns"] is not None
     counted = data["memory_bytes"] is not None
+    tried = data["held_out"] is not None
     terminal.table(
         f"within {data['budget']}",
         [
@@ -230,6 +242,7 @@ def _show(
             *(["latency"] if timed else []),
             *(["memory"] if counted else []),
             proxy,
+            *(["held out"] if tried else []),
             "joint R2",
             "test top-1 untrained",
         ],
@@ -242,6 +255,7 @@ def _show(
                 *([show_time(row["latency_ns"])] if timed else []),
                 *([show_count(row["memory_bytes"])] if counted else []),
                 f"{row['proxy']:.4f}",
+                *([f"{row['held_out']:.4f}"] if tried else []),
                 None if row["mean_r2"] is None else f"{row['mean_r2']:.3f}",
                 None if row["test_top1"] is None else f"{row['test_top1']:.4f}",
             ]
@@ -251,7 +265,9 @@ def _show(
     )
     if data["program"]["optimal"]:
         terminal.say(
-            "the program's optimum is proven; the proxy chose among its best and the wholes"
+            "the program's optimum is proven; "
+            + ("held-out accuracy" if tried else "the proxy")
+            + " chose among its best and the whole models"
         )
     else:
         terminal.warn("time ran out before the program's optimum was proven")

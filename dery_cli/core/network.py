@@ -30,6 +30,11 @@ KEEP_BYTES = 4 << 30
 """Calibration tensors at joints are kept in memory up to this size, else computed anew."""
 
 
+def with_own_buffers(block: nn.Module) -> nn.Module:
+    """A copy with the same parameters, but statistics of its own."""
+    return copy.deepcopy(block, {id(p): p for p in block.parameters()})
+
+
 class AssembledNetwork(nn.Module):
     """K blocks, the stitches between blocks of different donors, and a linear head.
 
@@ -45,7 +50,7 @@ class AssembledNetwork(nn.Module):
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        stitches: Sequence[Stitch | None],
+        stitches: Sequence[nn.Module | None],
         head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
@@ -54,6 +59,20 @@ class AssembledNetwork(nn.Module):
             {str(k): stitch for k, stitch in enumerate(stitches) if stitch is not None}
         )
         self.head = head
+
+    def copy(self) -> AssembledNetwork:
+        """A network that shares nothing with this one, nor one block with another."""
+        stitches = self.stitches
+        again = AssembledNetwork(
+            [copy.deepcopy(block) for block in self.blocks],
+            [copy.deepcopy(stitches[k]) if k in stitches else None for k in self._places],
+            copy.deepcopy(self.head),
+        )
+        return again.train(self.training)
+
+    @property
+    def _places(self) -> list[str]:
+        return [str(k) for k in range(len(self.blocks))]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) to the pre-logits vector (N, C)."""
@@ -133,8 +152,8 @@ class BuiltNetwork:
     """A network with fitted stitches and no head.
 
     Args:
-        network: The assembly, in eval mode. Its modules may be shared with other candidates of the
-            same builder: ``copy.deepcopy`` before training it.
+        network: The assembly, in eval mode. Its parameters may be those of the donors, and of other
+            candidates of the same builder: take its ``copy`` before changing it.
         fits: For each block, how well the stitch in front of it was fitted, or None.
     """
 
@@ -224,7 +243,7 @@ class NetworkBuilder:
             fit = self._fit(stitch, before.outputs, last, block)
             inputs = replay(before.outputs, stitch, self._budget)
         if stitch is not None or any(s is not None for s in before.stitches):
-            block = copy.deepcopy(block)
+            block = with_own_buffers(block)
             reestimate_batch_norm(block, inputs)
         return _Prefix(
             (*before.blocks, block),
@@ -244,7 +263,8 @@ class NetworkBuilder:
         weight = 0.0
         if self._labels is not None:
             after = self.node(last.donor, last.stop)
-            weight = choose_class_weight(regression, block, after, outputs, self._labels)
+            trial = with_own_buffers(block)
+            weight = choose_class_weight(regression, trial, after, outputs, self._labels)
         return regression.fit(weight)
 
     def _target(self, donor: str, node: int) -> Batches:

@@ -7,7 +7,6 @@ on half of the images and the probe is asked on the other half, both ways.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -34,7 +33,7 @@ def choose_class_weight(
 
     Args:
         regression: Of the stitch in front of the block; left at its last fit.
-        block: In eval mode; a copy of it is given the statistics of its inputs.
+        block: In eval mode, with statistics of its own: they are left at those of a trial.
         after: Node the block ends at.
         batches: Starts a pass over what the stitch gets; image i is in fold i mod ``FOLDS``.
         labels: Classes of the images.
@@ -43,7 +42,6 @@ def choose_class_weight(
     num_classes = int(label_N.max()) + 1
     if len(label_N) < MIN_IMAGES:
         return CLASS_WEIGHTS[0]
-    trial = copy.deepcopy(block)
     even, odd = range(0, FOLDS, 2), range(1, FOLDS, 2)
     errors = []
     for weight in CLASS_WEIGHTS:
@@ -51,7 +49,7 @@ def choose_class_weight(
         for fitted_on, asked_on in ((even, odd), (odd, even)):
             regression.fit(weight, only=fitted_on)
             asked_N = torch.isin(torch.arange(len(label_N)) % FOLDS, torch.tensor(asked_on))
-            feat_NC = _features(regression.stitch, trial, after, batches, asked_N)
+            feat_NC = _features(regression.stitch, block, after, batches, asked_N)
             error += probe_error(feat_NC, label_N[asked_N], num_classes)
         errors.append(error)
     return CLASS_WEIGHTS[errors.index(min(errors))]
@@ -59,24 +57,21 @@ def choose_class_weight(
 
 def _features(
     stitch: nn.Module,
-    trial: nn.Module,
+    block: nn.Module,
     after: Node,
     batches: Callable[[], Iterable[Tensor]],
     asked_N: Tensor,
 ) -> Tensor:
-    """What the block makes of the images asked about, as the probe sees it."""
+    """What the block, its statistics those of the other images, makes of those asked about."""
 
-    def stitched() -> Iterator[Tensor]:
+    def stitched(wanted_N: Tensor) -> Iterator[Tensor]:
+        start = 0
         for x in batches():
-            yield stitch(x)
-
-    found, start = [], 0
-    with torch.no_grad():
-        reestimate_batch_norm(trial, stitched)
-        for x in batches():
-            kept = asked_N[start : start + len(x)].to(x.device)
+            kept = wanted_N[start : start + len(x)].to(x.device)
             start += len(x)
-            if not kept.any():
-                continue
-            found.append(probe_features(trial(stitch(x[kept])), after))
-    return torch.cat(found)
+            if kept.any():
+                yield stitch(x[kept])
+
+    with torch.no_grad():
+        reestimate_batch_norm(block, lambda: stitched(~asked_N))
+        return torch.cat([probe_features(block(x), after) for x in stitched(asked_N)])

@@ -40,6 +40,7 @@ LAYERS = [
         "assemble_stage",
         "assembling",
         "making",
+        "workshop",
         "candidates",
         "target",
         "training",

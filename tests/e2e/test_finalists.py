@@ -1,0 +1,99 @@
+"""The last round: the best by proxy, made on one half of the target and asked about the other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import dery_demo
+from dery_cli import dissect
+from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.probe import fit_classifier, stratified_folds
+from dery_cli.core.proxies import pre_logits
+from dery_cli.data import open_data
+from dery_cli.loading import ImageBatches
+from dery_cli.types import BlockRef
+
+ASSEMBLE = ("assemble", "--max-params", "700k", "--candidates", "4", "--json")
+
+
+def row(outcome, role):
+    return next(r for r in outcome.json["result"]["comparison"] if r["role"] == role)
+
+
+def test_with_no_finalists_the_proxy_decides(copied, tmp_path):
+    outcome = copied(*ASSEMBLE, "--finalists", "0")
+    assert outcome.code == 0, outcome.stderr
+    result = outcome.json["result"]
+    path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
+    listed = json.loads(path.read_text())["candidates"]
+    assert all(entry["held_out"] is None for entry in listed)
+    assert result["held_out"] is None
+    assert result["proxy"]["score"] == max(entry["proxy"] for entry in listed)
+    assert "held out" not in outcome.stderr
+
+
+def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
+    outcome = copied(*ASSEMBLE, "--finalists", "2")
+    assert outcome.code == 0, outcome.stderr
+    path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
+    listed = json.loads(path.read_text())["candidates"]
+    tried = [entry for entry in listed if entry["held_out"] is not None]
+    assert 2 <= len(tried) <= 4  # the best whole model and the largest candidate are tried too
+    best = max(tried, key=lambda entry: entry["held_out"])
+    assert outcome.json["result"]["held_out"] == best["held_out"]
+    assert "held out" in outcome.stderr
+
+
+@pytest.mark.parametrize("role", ["picked", "best whole model", "random assembly"])
+def test_held_out_accuracy_is_that_of_a_network_made_on_the_other_half(copied, role):
+    outcome = copied(*ASSEMBLE, "--finalists", "3")
+    assert outcome.code == 0, outcome.stderr
+    found = row(outcome, role)
+    blocks = [BlockRef(*block) for block in found["blocks"]]
+    data = open_data("demo")
+    names = sorted({block.donor for block in blocks})
+    donors = {
+        name: dissect(
+            dery_demo.zoo.build(name.removeprefix("demo__"), pretrained=True),
+            torch.zeros(2, 3, 32, 32),
+        )
+        for name in names
+    }
+    labels = torch.tensor([int(label) for label in data.train.labels])
+    half = stratified_folds(2 * labels + 1, 2)
+    hits = 0
+    for made in (0, 1):
+        views = []
+        for number in (made, 1 - made):
+            indices = (half == number).nonzero().flatten().tolist()
+            spec = dery_demo.zoo.card("resnet").input
+            views.append(
+                list(
+                    ImageBatches(
+                        data.train,
+                        indices,
+                        spec,
+                        crop=0.95,
+                        batch_size=128,
+                        device=torch.device("cpu"),
+                    )
+                )
+            )
+        made_on = labels[half == made]
+        builder = NetworkBuilder(donors, lambda _, v=views[0]: v, labels=made_on.tolist())
+        network: AssembledNetwork = builder.build(blocks).network.copy()
+        head = fit_classifier(pre_logits(network, views[0]), made_on, 10)
+        network.head = linear_head(head)
+        with torch.no_grad():
+            guess = torch.cat([network(x).argmax(1) for x in views[1]])
+        hits += int((guess == labels[half != made]).sum())
+    assert found["held_out"] == pytest.approx(hits / len(labels), abs=2.5 / len(labels))
+
+
+def test_a_few_images_hold_nothing_out(copied):
+    outcome = copied(*ASSEMBLE, "--target-samples", "39")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["result"]["held_out"] is None
