@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=0, help="0 does not fine-tune")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     args = parser.parse_args()
     data = open_data(args.data)
@@ -121,7 +121,7 @@ def main() -> None:
                 network = build(donors, refs(text), way, fit, rest, data.classes, seed)
                 scores[0].append(evaluate(network, test, classes=data.classes).top1)
                 if args.steps:
-                    tune(network, data, args.steps, args.lr, seed)
+                    tune(network, data, args.steps, seed, lr=args.lr)
                     scores[1].append(evaluate(network, test, classes=data.classes).top1)
             before.append(sum(scores[0]) / args.seeds)
             after.append(sum(scores[1]) / args.seeds)
@@ -135,9 +135,11 @@ def main() -> None:
                 print(f"{way:<8}{what:<12}{row}  mean {mean:.4f}  over plain {mean - plain:+.4f}")
 
 
-def tune(network: AssembledNetwork, data: DataSet, steps: int, lr: float, seed: int) -> None:
-    """Fine-tune in place with the default recipe."""
-    config = make_config("default", steps=steps, lr=lr, seed=seed, report_every=steps)
+def tune(
+    network: AssembledNetwork, data: DataSet, steps: int, seed: int, **settings: float | str
+) -> None:
+    """Fine-tune in place with the default recipe, some settings changed."""
+    config = make_config("default", steps=steps, seed=seed, report_every=steps, **settings)
     images = as_dataset(ImageDataset(data.train, train_transform(INPUT, config)))
     with tempfile.TemporaryDirectory() as folder:
         finetune(network, images, None, config, Path(folder), classes=data.classes, device="cpu")
