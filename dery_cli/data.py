@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags, Image
 
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.folders import read_folder
 from dery_cli.plugin import DATA_GROUP, DataPlugin, ImageSplit, find_plugin, plugin_names
 from dery_cli.splits import (
     UNREADABLE,
-    FolderSplit,
     Screen,
     Sieve,
     Subset,
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from dery_cli.terminal import Terminal
 
 DEFAULT_CROP = 0.95
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -105,7 +102,8 @@ def open_data(spec: str, screen: Screen | None = None) -> DataSet:
             f"--data {spec}: for the data set, --data ./{spec} for the folder",
         )
     if not named and path.is_dir():
-        return _open_folder(path.resolve(), sieve)
+        root = path.resolve()
+        return _data_set(str(root), *read_folder(root), sieve)
     if not named and ("/" in spec.partition("?")[0] or spec.startswith((".", "~"))):
         raise UsageError(f"no such data folder: {spec}", "give a folder of class folders")
     plugin = find_plugin(DATA_GROUP, name, DataPlugin, what="data set or folder")
@@ -179,62 +177,6 @@ def open_checked(terminal: Terminal, spec: str, *, skip_bad: bool) -> DataSet:
         some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
         terminal.warn(f"left out {len(names)} broken image{'s' * (len(names) > 1)}: {some}")
     return data
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    return sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
-
-
-def _labelled(folder: Path, classes: Sequence[str]) -> FolderSplit:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _images_below(folder / name)
-        files += found
-        labels += [label] * len(found)
-    return FolderSplit(files, labels)
-
-
-def _open_folder(root: Path, sieve: Sieve) -> DataSet:
-    spec = str(root)
-    train_root = root / "train"
-    held_out = next((root / n for n in ("test", "val", "validation") if (root / n).is_dir()), None)
-    split = train_root.is_dir()
-    base = train_root if split else root
-    if not _images_below(base):
-        raise UsageError(
-            f"no images in {base}",
-            f"looked for {', '.join(sorted(IMAGE_SUFFIXES))} in it and below it",
-        )
-    folders = [child for child in _class_folders(base) if _images_below(child)]
-    if not folders:
-        return _data_set(spec, None, FolderSplit(_images_below(base), None), None, sieve)
-    if len(folders) == 1:
-        raise UsageError(
-            f"only one class folder with images in {base}: {folders[0].name}",
-            "give two or more class folders, or images without class folders for unlabelled use",
-        )
-    classes = tuple(child.name for child in folders)
-    test = None
-    if split and held_out is not None:
-        unknown = sorted({c.name for c in _class_folders(held_out)} - set(classes))
-        if unknown:
-            raise UsageError(
-                f"{held_out} has classes that {base} lacks: {', '.join(unknown[:5])}",
-                "both need the same class folders",
-            )
-        test = _labelled(held_out, classes)
-    return _data_set(spec, classes, _labelled(base, classes), test, sieve)
 
 
 def stratified_holdout(
