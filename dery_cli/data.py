@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,14 @@ from PIL import ExifTags, Image
 
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.folders import read_folder
-from dery_cli.plugin import DATA_GROUP, DataPlugin, ImageSplit, find_plugin, plugin_names
+from dery_cli.plugin import (
+    DATA_GROUP,
+    DataPlugin,
+    ImageSplit,
+    find_plugin,
+    guarded,
+    plugin_names,
+)
 from dery_cli.splits import (
     UNREADABLE,
     Screen,
@@ -95,26 +103,26 @@ def open_data(spec: str, screen: Screen | None = None) -> DataSet:
     name, colon, argument = spec.partition(":")
     known = name in plugin_names(DATA_GROUP)
     named = bool(colon) and known
-    path = Path(spec).expanduser()
-    if known and not colon and path.is_dir():
+    folder = None if named else _as_folder(spec)
+    if known and folder is not None:
         raise UsageError(
             f"'{spec}' is a data set by that name and a folder here",
             f"--data {spec}: for the data set, --data ./{spec} for the folder",
         )
-    if not named and path.is_dir():
-        root = path.resolve()
-        return _data_set(str(root), *read_folder(root), sieve)
+    if folder is not None:
+        return _data_set(str(folder), *read_folder(folder), sieve)
     if not named and ("/" in spec.partition("?")[0] or spec.startswith((".", "~"))):
         raise UsageError(f"no such data folder: {spec}", "give a folder of class folders")
     plugin = find_plugin(DATA_GROUP, name, DataPlugin, what="data set or folder")
     resolve = getattr(plugin, "resolve", None)
     try:
-        if resolve is not None:
-            argument = resolve(argument)
-        spec = f"{name}:{argument}"  # with the colon it is never taken for a folder
-        classes = plugin.classes(argument)
-        train = plugin.split(argument, "train")
-        test = plugin.split(argument, "test")
+        with guarded(name, f"opening '{argument}'", let=(KeyError, OSError)):
+            if resolve is not None:
+                argument = resolve(argument)
+            spec = f"{name}:{argument}"  # with the colon it is never taken for a folder
+            classes = plugin.classes(argument)
+            train = plugin.split(argument, "train")
+            test = plugin.split(argument, "test")
     except KeyError as error:
         reason = error.args[0] if error.args else argument
         raise UsageError(f"data plugin '{name}' does not know '{argument}': {reason}") from error
@@ -124,7 +132,48 @@ def open_data(spec: str, screen: Screen | None = None) -> DataSet:
         raise UsageError(f"the data '{spec}' have no training split")
     if classes is not None and len(classes) < 2:
         raise UsageError(f"the data '{spec}' have only one class: {', '.join(classes)}")
+    _check_labels(f"training images of '{spec}'", train, classes)
+    if test is not None:
+        _check_labels(f"test images of '{spec}'", test, classes)
     return _data_set(spec, classes, train, test, sieve)
+
+
+def _as_folder(spec: str) -> Path | None:
+    """The folder that a spec names, or None.
+
+    Raises:
+        UsageError: It is empty, names a file, or cannot be looked up.
+    """
+    if not spec:
+        raise UsageError("the data spec is empty", "give a folder of class folders, or demo")
+    path = Path(os.path.expanduser(spec))  # unlike Path's, it leaves a user it does not know
+    try:
+        if path.is_dir():
+            return path.resolve()
+        is_file = path.is_file()
+    except OSError as error:
+        raise UsageError(
+            f"cannot open the data folder {spec}: {error.strerror}",
+            "give a folder of class folders",
+        ) from error
+    if is_file:
+        raise UsageError(f"{spec} is a file", "give a folder of class folders")
+    return None
+
+
+def _check_labels(what: str, split: ImageSplit, classes: Sequence[str] | None) -> None:
+    """Refuse labels of a plugin that do not belong to its classes or images."""
+    labels = split.labels
+    if labels is None or classes is None:
+        if labels is not None or classes is not None:
+            has, lacks = ("classes", "labels") if labels is None else ("labels", "classes")
+            raise DeryError(f"the {what} have {has} but no {lacks}")
+        return
+    if len(labels) != len(split):
+        raise DeryError(f"the {what} are {len(split)}, their labels {len(labels)}")
+    wrong = [label for label in labels if not 0 <= label < len(classes)]
+    if wrong:
+        raise DeryError(f"the {what} have a label {wrong[0]}; there are {len(classes)} classes")
 
 
 def _data_set(

@@ -252,19 +252,21 @@ def explain(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def guarded(plugin: str, call: str) -> Iterator[None]:
+def guarded(plugin: str, call: str, *, let: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn whatever a plugin's own code raises into an error that names the plugin.
 
     Args:
         plugin: Its name.
         call: What is asked of it, as ``card('resnet18')``.
+        let: What its contract lets it raise, which goes through.
 
     Raises:
-        BrokenPluginError: Something else than a ``DeryError`` was raised inside.
+        BrokenPluginError: Something else than a ``DeryError`` or these was raised inside.
     """
+    expected: tuple[type[Exception], ...] = (DeryError, *let)
     try:
         yield
-    except DeryError:
+    except expected:
         raise
     except Exception as error:
         raise BrokenPluginError(

@@ -44,7 +44,7 @@ class HuggingFaceData:
         spec = _parse(argument)
         options = dict(spec.options)
         if "root" in options:
-            options["root"] = str(Path(options["root"]).expanduser().resolve())
+            options["root"] = str(Path(os.path.expanduser(options["root"])).resolve())
         place = spec.place if spec.folder is None else str(spec.folder)
         return f"{place}?{urlencode(options, safe='/')}" if options else place
 
@@ -140,7 +140,7 @@ def _parse(argument: str) -> _Spec:
         raise UsageError(
             f"hf:{argument}: unknown option '{unknown[0]}'", f"there are {', '.join(OPTIONS)}"
         )
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     folder = path.resolve() if place and path.is_dir() else None
     if folder is None and not _HUB_NAME.fullmatch(place):
         raise UsageError(f"no such folder: '{place}'", "hf:OWNER/NAME, or hf:FOLDER")
@@ -204,7 +204,7 @@ def _load_dataset(datasets: ModuleType, path: str, spec: _Spec) -> Any:
 
 def _root(spec: _Spec) -> str | None:
     root = spec.options.get("root")
-    return None if root is None else str(Path(root).expanduser())
+    return None if root is None else os.path.expanduser(root)
 
 
 def _from_hub(datasets: ModuleType, spec: _Spec) -> Any:
