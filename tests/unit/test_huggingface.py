@@ -78,6 +78,23 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert data.split(str(folder), "other") is None
 
 
+def test_it_is_opened_once(tmp_path, monkeypatch):
+    folder = parquet(tmp_path / "set", train=table([0, 1, 1]), test=table([1, 0], first=100))
+    opened = []
+
+    def load(path, *args, **options):
+        opened.append(path)
+        return load_dataset(path, *args, **options)
+
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    open_data(f"hf:{folder}")
+    assert opened == [str(folder)]
+    parquet(folder, train=table([0, 1, 1, 0, 1]))  # another day
+    assert len(open_data(f"hf:{folder}").train) == 5
+    assert opened == [str(folder)] * 2
+
+
 def test_content_is_hashed_by_the_encoded_images(tmp_path):
     one = open_data(f"hf:{parquet(tmp_path / 'one', train=table([0, 1] * 5))}")
     same = open_data(f"hf:{parquet(tmp_path / 'same', train=table([0, 1] * 5))}")
