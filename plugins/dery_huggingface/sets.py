@@ -176,13 +176,28 @@ class _Tables:
         """The split asked for, else the first of the usual ones whose rows all have labels."""
         asked = self._asked("test", "split", self._splits)
         if asked is not None:
+            if asked == self._train:
+                raise UsageError(
+                    f"{self._spec}: the split '{asked}' cannot be trained and tested on",
+                    "without test= a fifth of each class is held out",
+                )
+            for column in self._lacking(asked):
+                raise UsageError(
+                    f"{self._spec}: the split '{asked}' has no column '{column}'",
+                    f"there are {', '.join(self._splits[asked].column_names)}",
+                )
             return asked
         for name in _TEST_SPLITS:
-            if name not in self._splits or name == self._train:
+            if name not in self._splits or name == self._train or self._lacking(name):
                 continue
             if self._label is None or None not in self._values(name):
                 return name
         return None
+
+    def _lacking(self, split: str) -> list[str]:
+        """Which of the columns that are used a split lacks."""
+        used = [column for column in (self._image, self._label) if column is not None]
+        return [column for column in used if column not in self._splits[split].column_names]
 
     def _image_column(self, features: Mapping[str, Any]) -> str:
         asked = self._asked("image", "column", features)

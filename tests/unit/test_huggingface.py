@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -231,6 +232,32 @@ def test_splits_by_name(tmp_path):
     assert colours(data.split(f"{spec}?train=big&test=small", "test")) == [80, 81]
     with pytest.raises(UsageError, match="has no split 'bg'"):
         data.split(f"{spec}?train=bg", "train")
+
+
+def test_one_split_cannot_be_both(tmp_path):
+    spec = f"hf:{parquet(tmp_path / 'set', train=table([0, 1] * 5))}?test=train"
+    with pytest.raises(UsageError, match="'train' cannot be trained and tested on") as caught:
+        open_data(spec)
+    assert "a fifth" in caught.value.hint
+    parts = datasets.DatasetDict(a=table([0, 1] * 5), test=table([0, 1]))
+    parts.save_to_disk(tmp_path / "two")
+    assert len(open_data(f"hf:{tmp_path / 'two'}?train=a").test) == 2
+    assert len(open_data(f"hf:{tmp_path / 'two'}?train=test").train) == 2  # no test split then
+
+
+def test_a_test_split_of_other_columns(tmp_path):
+    parts = {"train": table([0, 1] * 5), "test": table([0, 1]).remove_columns("label")}
+    folder = tmp_path / "set"
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    assert len(open_data(f"hf:{folder}").test) == 2  # a fifth of the training images
+    for asked, lacks in (("?test=test", "label"), ("?test=odd", "image")):
+        if lacks == "image":
+            shutil.rmtree(folder)
+            odd = table([0, 1]).rename_column("image", "photo")
+            datasets.DatasetDict(train=parts["train"], odd=odd).save_to_disk(folder)
+        with pytest.raises(UsageError, match=f"the split '.*' has no column '{lacks}'") as caught:
+            open_data(f"hf:{folder}{asked}")
+        assert caught.value.hint.startswith("there are ")
 
 
 def test_a_single_class_is_refused(tmp_path):
