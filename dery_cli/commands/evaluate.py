@@ -68,10 +68,10 @@ def evaluate(
     dataset = open_checked(terminal, data or target["target"], skip_bad=skip_bad)
     check_classes(dataset, assembly.classes)
     images = dataset.test if split == "test" else dataset.train
+    if dataset.classes is None:
+        raise UsageError(f"{dataset.spec} has no labels", "give class folders")
     if images is None:
         raise UsageError(f"{dataset.spec} has no test images", "--split train")
-    if images.labels is None:
-        raise UsageError(f"{dataset.spec} has no labels", "give class folders")
     with terminal.progress("evaluating", len(images)) as bar:
         result = score(
             assembly.network,
