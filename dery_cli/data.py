@@ -86,6 +86,12 @@ class DataSet:
         """Whether these are the images only if broken ones are left out again."""
         return any(self.left_out)
 
+    @property
+    def held_out(self) -> bool:
+        """Whether the test images were held out of those that are there to train on."""
+        train, test = self.train, self.test
+        return isinstance(train, Subset) and isinstance(test, Subset) and train.split is test.split
+
 
 def open_data(spec: str, screen: Screen | None = None) -> DataSet:
     """Open a data spec.
