@@ -113,7 +113,8 @@ class DataPlugin(Protocol):
     def split(self, argument: str, name: str) -> ImageSplit | None:
         """The split ``train`` or ``test``, or None where there is no such split.
 
-        Without a ``test`` split a fifth of each class of ``train`` is held out to test on.
+        Labels are indices into the classes, and there are some in both splits or in none. Without
+        a ``test`` split a fifth of each class of ``train`` is held out to test on.
 
         Raises:
             KeyError: ``argument`` is unknown.

@@ -116,7 +116,8 @@ def _parse(argument: str) -> tuple[str, Path, bool]:
     """
     name, _, query = argument.partition("?")
     if name not in (*_IDX, *_CIFAR, *_FILES):
-        raise KeyError(f"{name} is not one of {', '.join(sorted((*_IDX, *_CIFAR, *_FILES)))}")
+        known = ", ".join(sorted((*_IDX, *_CIFAR, *_FILES)))
+        raise KeyError(f"it is not one of {known}; give a set of class folders as a folder")
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(options) - {"root", "download"})
     if unknown:

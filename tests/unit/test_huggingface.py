@@ -283,6 +283,10 @@ def test_broken_images_are_named_or_left_out(tmp_path):
         with pytest.raises(DeryError, match=f"cannot read the image {name}") as caught:
             read_image(train, index)
         assert "--skip-bad" in caught.value.hint
+    with pytest.raises(
+        DeryError, match=r"cannot read the image 7 of .*: there is none in this row"
+    ):
+        fingerprint(train, [7])
     terminal = Terminal(quiet=True)
     opened = open_checked(terminal, spec, skip_bad=True)
     assert colours(opened.train) == [0, 1, 3, 4, 6, 8, 9, 10, 11]
