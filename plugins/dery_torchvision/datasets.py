@@ -35,6 +35,7 @@ _FILES = (
 """Data sets of image and table files that torchvision itself reads without unpickling."""
 _TRAIN = {"OxfordIIITPet": "trainval"}
 """What their training images are called, where not ``train``."""
+_TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 class TorchvisionData:
@@ -124,12 +125,12 @@ def _parse(argument: str) -> tuple[str, Path, bool]:
         raise KeyError(f"{argument}: unknown option {unknown[0]!r}, known are root and download")
     usual = os.environ.get("DERY_DATA") or Path.home() / ".cache" / "dery" / "torchvision"
     root = Path(os.path.expanduser(options.get("root") or usual))
-    asked = options.get("download", "0") not in ("", "0", "false", "no")
+    asked = options.get("download", "").upper() in _TRUE
     return name, root, asked and not _offline()
 
 
 def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
 
 def _missing(name: str, where: Path, state: str = "is not in") -> OSError:

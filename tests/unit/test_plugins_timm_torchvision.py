@@ -402,5 +402,9 @@ def test_nothing_is_fetched_unasked(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="which HF_HUB_OFFLINE forbids"):
         data.split("CIFAR100?download=1", "train")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    with pytest.raises(AssertionError, match="fetched"):
-        data.split("CIFAR100?download=1", "train")
+    for word in ("1", "true", "Yes"):
+        with pytest.raises(AssertionError, match="fetched"):
+            data.split(f"CIFAR100?download={word}", "train")
+    for word in ("0", "False", "NO", "off", "never", ""):
+        with pytest.raises(OSError, match="CIFAR100 is not in"):
+            data.split(f"CIFAR100?download={word}", "train")
