@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,17 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags, Image
 
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.plugin import DATA_GROUP, DataPlugin, ImageSplit, find_plugin, plugin_names
+from dery_cli.folders import read_folder
+from dery_cli.plugin import (
+    DATA_GROUP,
+    DataPlugin,
+    ImageSplit,
+    find_plugin,
+    guarded,
+    plugin_names,
+)
 from dery_cli.splits import (
     UNREADABLE,
-    FolderSplit,
     Screen,
     Sieve,
     Subset,
@@ -38,9 +46,6 @@ if TYPE_CHECKING:
     from dery_cli.terminal import Terminal
 
 DEFAULT_CROP = 0.95
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -81,6 +86,12 @@ class DataSet:
         """Whether these are the images only if broken ones are left out again."""
         return any(self.left_out)
 
+    @property
+    def held_out(self) -> bool:
+        """Whether the test images were held out of those that are there to train on."""
+        train, test = self.train, self.test
+        return isinstance(train, Subset) and isinstance(test, Subset) and train.split is test.split
+
 
 def open_data(spec: str, screen: Screen | None = None) -> DataSet:
     """Open a data spec.
@@ -98,25 +109,26 @@ def open_data(spec: str, screen: Screen | None = None) -> DataSet:
     name, colon, argument = spec.partition(":")
     known = name in plugin_names(DATA_GROUP)
     named = bool(colon) and known
-    path = Path(spec).expanduser()
-    if known and not colon and path.is_dir():
+    folder = None if named else _as_folder(spec)
+    if known and folder is not None:
         raise UsageError(
             f"'{spec}' is a data set by that name and a folder here",
             f"--data {spec}: for the data set, --data ./{spec} for the folder",
         )
-    if not named and path.is_dir():
-        return _open_folder(path.resolve(), sieve)
+    if folder is not None:
+        return _data_set(str(folder), *read_folder(folder), sieve)
     if not named and ("/" in spec.partition("?")[0] or spec.startswith((".", "~"))):
         raise UsageError(f"no such data folder: {spec}", "give a folder of class folders")
     plugin = find_plugin(DATA_GROUP, name, DataPlugin, what="data set or folder")
     resolve = getattr(plugin, "resolve", None)
     try:
-        if resolve is not None:
-            argument = resolve(argument)
-        spec = f"{name}:{argument}"  # with the colon it is never taken for a folder
-        classes = plugin.classes(argument)
-        train = plugin.split(argument, "train")
-        test = plugin.split(argument, "test")
+        with guarded(name, f"opening '{argument}'", let=(KeyError, OSError)):
+            if resolve is not None:
+                argument = resolve(argument)
+            spec = f"{name}:{argument}"  # with the colon it is never taken for a folder
+            classes = plugin.classes(argument)
+            train = plugin.split(argument, "train")
+            test = plugin.split(argument, "test")
     except KeyError as error:
         reason = error.args[0] if error.args else argument
         raise UsageError(f"data plugin '{name}' does not know '{argument}': {reason}") from error
@@ -126,7 +138,48 @@ def open_data(spec: str, screen: Screen | None = None) -> DataSet:
         raise UsageError(f"the data '{spec}' have no training split")
     if classes is not None and len(classes) < 2:
         raise UsageError(f"the data '{spec}' have only one class: {', '.join(classes)}")
+    _check_labels(f"training images of '{spec}'", train, classes)
+    if test is not None:
+        _check_labels(f"test images of '{spec}'", test, classes)
     return _data_set(spec, classes, train, test, sieve)
+
+
+def _as_folder(spec: str) -> Path | None:
+    """The folder that a spec names, or None.
+
+    Raises:
+        UsageError: It is empty, names a file, or cannot be looked up.
+    """
+    if not spec:
+        raise UsageError("the data spec is empty", "give a folder of class folders, or demo")
+    path = Path(os.path.expanduser(spec))  # unlike Path's, it leaves a user it does not know
+    try:
+        if path.is_dir():
+            return path.resolve()
+        is_file = path.is_file()
+    except OSError as error:
+        raise UsageError(
+            f"cannot open the data folder {spec}: {error.strerror}",
+            "give a folder of class folders",
+        ) from error
+    if is_file:
+        raise UsageError(f"{spec} is a file", "give a folder of class folders")
+    return None
+
+
+def _check_labels(what: str, split: ImageSplit, classes: Sequence[str] | None) -> None:
+    """Refuse labels of a plugin that do not belong to its classes or images."""
+    labels = split.labels
+    if labels is None or classes is None:
+        if labels is not None or classes is not None:
+            has, lacks = ("classes", "labels") if labels is None else ("labels", "classes")
+            raise DeryError(f"the {what} have {has} but no {lacks}")
+        return
+    if len(labels) != len(split):
+        raise DeryError(f"the {what} are {len(split)}, their labels {len(labels)}")
+    wrong = [label for label in labels if not 0 <= label < len(classes)]
+    if wrong:
+        raise DeryError(f"the {what} have a label {wrong[0]}; there are {len(classes)} classes")
 
 
 def _data_set(
@@ -179,62 +232,6 @@ def open_checked(terminal: Terminal, spec: str, *, skip_bad: bool) -> DataSet:
         some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
         terminal.warn(f"left out {len(names)} broken image{'s' * (len(names) > 1)}: {some}")
     return data
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    return sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
-
-
-def _labelled(folder: Path, classes: Sequence[str]) -> FolderSplit:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = _images_below(folder / name)
-        files += found
-        labels += [label] * len(found)
-    return FolderSplit(files, labels)
-
-
-def _open_folder(root: Path, sieve: Sieve) -> DataSet:
-    spec = str(root)
-    train_root = root / "train"
-    held_out = next((root / n for n in ("test", "val", "validation") if (root / n).is_dir()), None)
-    split = train_root.is_dir()
-    base = train_root if split else root
-    if not _images_below(base):
-        raise UsageError(
-            f"no images in {base}",
-            f"looked for {', '.join(sorted(IMAGE_SUFFIXES))} in it and below it",
-        )
-    folders = [child for child in _class_folders(base) if _images_below(child)]
-    if not folders:
-        return _data_set(spec, None, FolderSplit(_images_below(base), None), None, sieve)
-    if len(folders) == 1:
-        raise UsageError(
-            f"only one class folder with images in {base}: {folders[0].name}",
-            "give two or more class folders, or images without class folders for unlabelled use",
-        )
-    classes = tuple(child.name for child in folders)
-    test = None
-    if split and held_out is not None:
-        unknown = sorted({c.name for c in _class_folders(held_out)} - set(classes))
-        if unknown:
-            raise UsageError(
-                f"{held_out} has classes that {base} lacks: {', '.join(unknown[:5])}",
-                "both need the same class folders",
-            )
-        test = _labelled(held_out, classes)
-    return _data_set(spec, classes, _labelled(base, classes), test, sieve)
 
 
 def stratified_holdout(

@@ -113,7 +113,8 @@ class DataPlugin(Protocol):
     def split(self, argument: str, name: str) -> ImageSplit | None:
         """The split ``train`` or ``test``, or None where there is no such split.
 
-        Without a ``test`` split a fifth of each class of ``train`` is held out to test on.
+        Labels are indices into the classes, and there are some in both splits or in none. Without
+        a ``test`` split a fifth of each class of ``train`` is held out to test on.
 
         Raises:
             KeyError: ``argument`` is unknown.
@@ -252,19 +253,21 @@ def explain(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def guarded(plugin: str, call: str) -> Iterator[None]:
+def guarded(plugin: str, call: str, *, let: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Turn whatever a plugin's own code raises into an error that names the plugin.
 
     Args:
         plugin: Its name.
         call: What is asked of it, as ``card('resnet18')``.
+        let: What its contract lets it raise, which goes through.
 
     Raises:
-        BrokenPluginError: Something else than a ``DeryError`` was raised inside.
+        BrokenPluginError: Something else than a ``DeryError`` or these was raised inside.
     """
+    expected: tuple[type[Exception], ...] = (DeryError, *let)
     try:
         yield
-    except DeryError:
+    except expected:
         raise
     except Exception as error:
         raise BrokenPluginError(

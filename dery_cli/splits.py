@@ -6,6 +6,7 @@ of the same data without the broken files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -52,7 +53,7 @@ class FolderSplit:
             return image
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return os.fsencode(self.files[index]).decode(errors="backslashreplace")
 
     def digest(self, index: int) -> bytes:
         """Hash of the file's bytes; spares decoding."""
@@ -97,7 +98,8 @@ def image_digest(split: ImageSplit, index: int) -> bytes:
     """
     digest = getattr(split, "digest", None)
     if digest is not None:
-        return bytes(digest(index))
+        with _named(split, index):
+            return bytes(digest(index))
     image = read_image(split, index)
     return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).digest()
 
@@ -108,9 +110,17 @@ def read_image(split: ImageSplit, index: int) -> Image.Image:
     Raises:
         DeryError: It cannot be decoded; the message names it.
     """
-    try:
+    with _named(split, index):
         image = split.image(index)
         image.load()
+        return image
+
+
+@contextlib.contextmanager
+def _named(split: ImageSplit, index: int) -> Iterator[None]:
+    """Turn what reading an image fails with into an error that names the image."""
+    try:
+        yield
     except UNREADABLE as error:
         name = image_name(split, index)
         reason = str(error).replace(name, Path(name).name)
@@ -120,7 +130,6 @@ def read_image(split: ImageSplit, index: int) -> Image.Image:
             f"cannot read the image {name}: {reason}",
             "replace or remove it, or leave out all that cannot be read: --skip-bad",
         ) from error
-    return image
 
 
 def unreadable(split: ImageSplit) -> Iterator[bool]:

@@ -50,7 +50,8 @@ SkipBadOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[
-    int, typer.Option("--workers", help="Processes that decode images; 0 decodes in this one.")
+    int,
+    typer.Option("--workers", min=0, help="Processes that decode images; 0 decodes in this one."),
 ]
 _JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; the rest goes to stderr.")

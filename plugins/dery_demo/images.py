@@ -66,7 +66,7 @@ class DemoData:
 
     def classes(self, argument: str) -> Sequence[str]:
         """Class names in label order."""
-        return tuple(_read_labels(self.data_dir / f"{FILES[argument]}.json")["classes"])
+        return tuple(_read_labels(self.data_dir / f"{_stem(argument)}.json")["classes"])
 
     def split(self, argument: str, name: str) -> MosaicSplit | None:
         """The split ``train`` or ``test``; None for any other name.
@@ -75,7 +75,7 @@ class DemoData:
             KeyError: ``argument`` is unknown.
             OSError: A file is missing or damaged.
         """
-        stem = FILES[argument]
+        stem = _stem(argument)
         info = _read_labels(self.data_dir / f"{stem}.json")
         if name not in info["labels"]:
             return None
@@ -83,6 +83,12 @@ class DemoData:
         first = 0 if name == "train" else len(info["labels"]["train"])
         labels = tuple(int(label) for label in info["labels"][name])
         return MosaicSplit(mosaic, info["tile"], first, labels)
+
+
+def _stem(argument: str) -> str:
+    if argument not in FILES:
+        raise KeyError("there are demo and demo:fashion")
+    return FILES[argument]
 
 
 @functools.cache

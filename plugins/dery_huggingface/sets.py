@@ -9,52 +9,58 @@ are asked for.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import io
-import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
-from dery_cli.errors import DeryError, UsageError
+from dery_cli.errors import UsageError
+from dery_huggingface.sources import Spec, library, load, parse
 
 if TYPE_CHECKING:
     from PIL import Image
 
-OPTIONS = ("config", "download", "image", "label", "root", "test", "train")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LABEL_COLUMNS = ("label", "labels")
 """Columns that are labels though they are no ``ClassLabel``."""
 _DISCRETE = ("string", "large_string", "int", "uint", "bool")
 _TEST_SPLITS = ("test", "validation", "valid", "val")
-_TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 class HuggingFaceData:
-    """The data sets of the Hugging Face hub, and folders of the same formats."""
+    """The data sets of the Hugging Face hub, and folders of the same formats.
+
+    ``classes`` opens a data set; ``split`` takes its parts from what was opened last.
+    """
+
+    def __init__(self) -> None:
+        self._opened: tuple[str, _Tables] | None = None
 
     def resolve(self, argument: str) -> str:
         """``argument`` with its folders as absolute paths."""
-        spec = _parse(argument)
+        spec = parse(argument)
         options = dict(spec.options)
         if "root" in options:
-            options["root"] = str(Path(options["root"]).expanduser().resolve())
+            options["root"] = str(Path(os.path.expanduser(options["root"])).resolve())
         place = spec.place if spec.folder is None else str(spec.folder)
         return f"{place}?{urlencode(options, safe='/')}" if options else place
 
     def classes(self, argument: str) -> Sequence[str] | None:
-        return _Tables(_parse(argument)).classes
+        return self._open(argument).classes
 
     def split(self, argument: str, name: str) -> HuggingFaceSplit | None:
         if name not in ("train", "test"):
             return None
-        return _Tables(_parse(argument)).split(name)
+        if self._opened is not None and self._opened[0] == argument:
+            return self._opened[1].split(name)
+        return self._open(argument).split(name)
+
+    def _open(self, argument: str) -> _Tables:
+        tables = _Tables(parse(argument))
+        self._opened = (argument, tables)
+        return tables
 
 
 class HuggingFaceSplit:
@@ -109,167 +115,12 @@ class HuggingFaceSplit:
         return Path(path).read_bytes()  # a URL is no file here: nothing is fetched
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Spec:
-    """A parsed argument.
-
-    Args:
-        place: What stands before the options.
-        folder: It, if it is a folder; None for a name on the hub.
-        options: By name.
-    """
-
-    place: str
-    folder: Path | None
-    options: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return f"hf:{self.place}"
-
-    def with_option(self, option: str) -> str:
-        """The whole spec with one more option, to be typed."""
-        options = "&".join(f"{key}={value}" for key, value in self.options.items())
-        return f"--data '{self}?{options}{'&' if options else ''}{option}'"
-
-
-def _parse(argument: str) -> _Spec:
-    place, _, query = argument.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise UsageError(
-            f"hf:{argument}: unknown option '{unknown[0]}'", f"there are {', '.join(OPTIONS)}"
-        )
-    path = Path(place).expanduser()
-    folder = path.resolve() if place and path.is_dir() else None
-    if folder is None and not _HUB_NAME.fullmatch(place):
-        raise UsageError(f"no such folder: '{place}'", "hf:OWNER/NAME, or hf:FOLDER")
-    return _Spec(place=place, folder=folder, options=options)
-
-
-def _library() -> ModuleType:
-    try:
-        import datasets
-        from datasets import load_dataset, load_from_disk  # noqa: F401 - not of another 'datasets'
-    except ImportError as error:
-        raise DeryError(
-            f"hf: needs the package 'datasets', which cannot be imported: {error}",
-            "pip install 'dery-cli[huggingface]'",
-        ) from error
-    return datasets
-
-
-@contextlib.contextmanager
-def _explained(spec: _Spec) -> Iterator[None]:
-    try:
-        yield
-    except DeryError:
-        raise
-    except Exception as error:  # whatever the library, its readers or the network raise
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise DeryError(
-            f"cannot open {spec}: {reason or type(error).__name__}",
-            "files of images or parquet, or a folder written by save_to_disk, are read",
-        ) from error
-
-
-def _load(spec: _Spec) -> dict[str, Any]:
-    """The splits of a spec by name.
-
-    Raises:
-        DeryError: They are not there, cannot be read, or would have to be fetched.
-    """
-    datasets = _library()
-    with _explained(spec):
-        folder = spec.folder
-        if folder is None:
-            found = _from_hub(datasets, spec)
-        elif any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            found = datasets.load_from_disk(str(folder))
-        else:
-            found = _load_dataset(datasets, str(folder), spec)
-    if isinstance(found, datasets.Dataset):
-        found = {"train": found}
-    return {str(name): table.with_format(None) for name, table in found.items()}
-
-
-def _load_dataset(datasets: ModuleType, path: str, spec: _Spec) -> Any:
-    return datasets.load_dataset(
-        path,
-        spec.options.get("config"),
-        cache_dir=_root(spec),
-        trust_remote_code=False,  # version 3 would ask; later ones run no code at all
-    )
-
-
-def _root(spec: _Spec) -> str | None:
-    root = spec.options.get("root")
-    return None if root is None else str(Path(root).expanduser())
-
-
-def _from_hub(datasets: ModuleType, spec: _Spec) -> Any:
-    """What an earlier call prepared, without asking the hub; else it is fetched, if that is asked.
-
-    Raises:
-        DeryError: It is not there and may not be fetched, or several configurations are there.
-    """
-    from datasets.packaged_modules.cache.cache import Cache
-
-    cache = Path(_root(spec) or datasets.config.HF_DATASETS_CACHE).expanduser()
-    name = spec.place.rpartition("/")[2]
-    asked = spec.options.get("config")
-    prepared = _prepared(cache, spec.place)
-    if asked is None and len(prepared) > 1:
-        raise UsageError(
-            f"{spec} has several configurations: {', '.join(prepared)}",
-            spec.with_option(f"config={next(iter(prepared))}"),
-        )
-    config = next(iter(prepared), None) if asked is None else asked
-    if config in prepared:
-        version, digest = prepared[config].parts[-2:]
-        return Cache(
-            cache_dir=str(cache),
-            dataset_name=name,
-            repo_id=spec.place,
-            config_name=config,
-            version=version,
-            hash=digest,
-        ).as_dataset()
-    what = str(spec) if asked is None else f"{spec} with config={asked}"
-    if spec.options.get("download", "0").upper() not in _TRUE:
-        raise DeryError(
-            f"{what} is no folder, and not in {cache}",
-            f"{spec.with_option('download=1')} fetches it",
-        )
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        if os.environ.get(variable, "").upper() in _TRUE:
-            raise DeryError(
-                f"{what} is not in {cache}, and {variable} forbids fetching it", f"unset {variable}"
-            )
-    return _load_dataset(datasets, spec.place, spec)
-
-
-def _prepared(cache: Path, name: str) -> dict[str, Path]:
-    """The newest prepared copy of each configuration of a data set in the cache of ``datasets``."""
-    from datasets.naming import camelcase_to_snakecase
-
-    owner, _, short = name.partition("/")
-    folder = cache / f"{owner}___{camelcase_to_snakecase(short)}"
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda p: p.stat().st_mtime):
-        config, _, digest = path.parts[-4:-1]
-        info = json.loads(path.read_text(encoding="utf-8"))
-        if info["config_name"] == config and not digest.endswith(".incomplete"):
-            found[config] = path.parent
-    return dict(sorted(found.items()))
-
-
 class _Tables:
     """An opened data set: which splits and columns are used, and what its classes are."""
 
-    def __init__(self, spec: _Spec) -> None:
+    def __init__(self, spec: Spec) -> None:
         self._spec = spec
-        self._splits = _load(spec)
+        self._splits = load(spec)
         self._train = self._choose_train()
         features = self._splits[self._train].features
         self._image = self._image_column(features)
@@ -302,13 +153,13 @@ class _Tables:
                 )
             labels = [index[value] for value in values]
         table = self._splits[name].select_columns([self._image])
-        datasets = _library()
+        datasets = library()
         if isinstance(table.features[self._image], datasets.Image):
             table = table.cast_column(self._image, datasets.Image(decode=False))
         return HuggingFaceSplit(table, self._image, labels, f"the split '{name}' of {self._spec}")
 
     def _choose_train(self) -> str:
-        asked = self._asked_split("train")
+        asked = self._asked("train", "split", self._splits)
         if asked is not None:
             return asked
         if "train" in self._splits:
@@ -323,29 +174,36 @@ class _Tables:
 
     def _choose_test(self) -> str | None:
         """The split asked for, else the first of the usual ones whose rows all have labels."""
-        asked = self._asked_split("test")
+        asked = self._asked("test", "split", self._splits)
         if asked is not None:
+            if asked == self._train:
+                raise UsageError(
+                    f"{self._spec}: the split '{asked}' cannot be trained and tested on",
+                    "without test= a fifth of each class is held out",
+                )
+            for column in self._lacking(asked):
+                raise UsageError(
+                    f"{self._spec}: the split '{asked}' has no column '{column}'",
+                    f"there are {', '.join(self._splits[asked].column_names)}",
+                )
             return asked
         for name in _TEST_SPLITS:
-            if name not in self._splits or name == self._train:
+            if name not in self._splits or name == self._train or self._lacking(name):
                 continue
             if self._label is None or None not in self._values(name):
                 return name
         return None
 
-    def _asked_split(self, role: str) -> str | None:
-        name = self._spec.options.get(role)
-        if name is not None and name not in self._splits:
-            raise UsageError(
-                f"{self._spec} has no split '{name}'", f"there are {', '.join(self._splits)}"
-            )
-        return name
+    def _lacking(self, split: str) -> list[str]:
+        """Which of the columns that are used a split lacks."""
+        used = [column for column in (self._image, self._label) if column is not None]
+        return [column for column in used if column not in self._splits[split].column_names]
 
     def _image_column(self, features: Mapping[str, Any]) -> str:
-        asked = self._asked_column("image", features)
+        asked = self._asked("image", "column", features)
         if asked is not None:
             return asked
-        image = _library().Image
+        image = library().Image
         found = [name for name, feature in features.items() if isinstance(feature, image)]
         if len(found) == 1:
             return found[0]
@@ -360,10 +218,10 @@ class _Tables:
     def _label_column(self, features: Mapping[str, Any]) -> str | None:
         if self._spec.options.get("label") == "":
             return None
-        asked = self._asked_column("label", features)
+        asked = self._asked("label", "column", features)
         if asked is not None:
             return asked
-        datasets = _library()
+        datasets = library()
         found = [n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         if len(found) > 1:
             raise UsageError(
@@ -374,11 +232,12 @@ class _Tables:
         discrete = [n for n in plain if features[n].dtype.startswith(_DISCRETE)]
         return next(iter([*found, *discrete]), None)
 
-    def _asked_column(self, role: str, features: Mapping[str, Any]) -> str | None:
-        name = self._spec.options.get(role)
-        if name is not None and name not in features:
+    def _asked(self, option: str, kind: str, known: Iterable[str]) -> str | None:
+        """What an option names, which has to be there."""
+        name = self._spec.options.get(option)
+        if name is not None and name not in known:
             raise UsageError(
-                f"{self._spec} has no column '{name}'", f"there are {', '.join(features)}"
+                f"{self._spec} has no {kind} '{name}'", f"there are {', '.join(known)}"
             )
         return name
 

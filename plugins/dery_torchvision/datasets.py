@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ _FILES = (
     "RenderedSST2", "STL10", "SVHN", "StanfordCars",
 )  # fmt: skip
 """Data sets of image and table files that torchvision itself reads without unpickling."""
+_TRAIN = {"OxfordIIITPet": "trainval"}
+"""What their training images are called, where not ``train``."""
+_TRUE = {"1", "ON", "YES", "TRUE"}
 
 
 class TorchvisionData:
@@ -113,24 +117,25 @@ def _parse(argument: str) -> tuple[str, Path, bool]:
     """
     name, _, query = argument.partition("?")
     if name not in (*_IDX, *_CIFAR, *_FILES):
-        raise KeyError(f"{name} is not one of {', '.join(sorted((*_IDX, *_CIFAR, *_FILES)))}")
+        known = ", ".join(sorted((*_IDX, *_CIFAR, *_FILES)))
+        raise KeyError(f"it is not one of {known}; give a set of class folders as a folder")
     options = dict(parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(options) - {"root", "download"})
     if unknown:
         raise KeyError(f"{argument}: unknown option {unknown[0]!r}, known are root and download")
     usual = os.environ.get("DERY_DATA") or Path.home() / ".cache" / "dery" / "torchvision"
-    root = Path(options.get("root") or usual).expanduser()
-    asked = options.get("download", "0") not in ("", "0", "false", "no")
+    root = Path(os.path.expanduser(options.get("root") or usual))
+    asked = options.get("download", "").upper() in _TRUE
     return name, root, asked and not _offline()
 
 
 def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
 
-def _missing(name: str, where: Path) -> OSError:
+def _missing(name: str, where: Path, state: str = "is not in") -> OSError:
     return OSError(
-        f"{name} is not in {where}: put its files there, name another folder "
+        f"{name} {state} {where}: put its files there, name another folder "
         f"(torchvision:{name}?root=DIR) or let it be fetched (torchvision:{name}?download=1)"
         + (", which HF_HUB_OFFLINE forbids" if _offline() else "")
     )
@@ -148,6 +153,8 @@ def _idx(name: str, root: Path, split: str, download: bool) -> ArraySplit:
         fetcher.root = str(root)
         fetcher.download()
     images, labels = (_read_idx(name, folder, path) for path in paths)
+    if (images.ndim, labels.ndim) != (3, 1):
+        raise OSError(f"the images and labels in {folder} are of {images.shape} and {labels.shape}")
     return ArraySplit(images, labels.tolist())
 
 
@@ -171,6 +178,8 @@ def _read_idx(name: str, folder: Path, path: Path) -> np.ndarray:
         data = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
     except EOFError as error:
         raise OSError(f"{found} is truncated") from error
+    except zlib.error as error:
+        raise OSError(f"{found} is damaged: {error}") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08":
         raise OSError(f"{found} is not an idx file of unsigned bytes")
     ndim = data[3]
@@ -271,16 +280,15 @@ def unpickle(data: bytes, source: str) -> dict[str, Any]:
 def _dataset(name: str, root: Path, split: str, download: bool) -> Any:
     from torchvision import datasets
 
-    kind = getattr(datasets, name)
+    called = _TRAIN.get(name, split) if split == "train" else split
     try:
-        try:
-            return kind(str(root), split=split, download=download)
-        except ValueError:  # its training images go by another name
-            if split != "train":
-                raise
-            return kind(str(root), split="trainval", download=download)
-    except (RuntimeError, FileNotFoundError) as error:
-        raise _missing(name, root) from error
+        return getattr(datasets, name)(str(root), split=called, download=download)
+    except (RuntimeError, FileNotFoundError) as error:  # neither tells missing from damaged
+        raise _missing(name, root, "is not, or not whole, in") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever its readers make of damaged lists
+        raise OSError(f"the files of {name} in {root} cannot be read: {error}") from error
 
 
 def _labels(dataset: Any) -> list[int] | None:

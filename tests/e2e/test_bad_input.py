@@ -54,6 +54,8 @@ from tests.e2e.conftest import edit_json, snapshot
         ("finetune --layer-decay 0", "layer_decay must be above 0, not 0", None),
         ("finetune --clip-grad -1", "clip_grad must be 0 or more, not -1", None),
         ("eval --split valid", "--split is 'valid'", "test, train"),
+        ("eval --workers -1", "Invalid value for '--workers': ", None),
+        ("assemble --workers -1", "Invalid value for '--workers': ", None),
         ("frobnicate", "No such command 'frobnicate'", None),
         ("embed --frobnicate", "No such option", None),
     ],
@@ -301,6 +303,14 @@ def test_other_classes_than_the_network(copied, tmp_path):
     assert "has other classes than the network" in outcome.json["error"]["message"]
     outcome = copied("finetune", "--data", "./pets", "--name", "pets", "--json")
     assert outcome.code == 2
+
+
+def test_images_without_labels_are_not_evaluated(copied, tmp_path):
+    make_images(tmp_path / "pets", ["."], 10)
+    for split in ("test", "train"):
+        outcome = copied("eval", "--data", "./pets", "--split", split, "--json")
+        assert outcome.code == 2
+        assert outcome.json["error"]["message"] == f"{tmp_path / 'pets'} has no labels"
 
 
 def test_calibration_images_that_changed(copied, tmp_path):

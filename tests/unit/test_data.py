@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -393,3 +394,75 @@ def test_a_folder_named_like_a_data_set_is_not_guessed_at(tmp_path, monkeypatch)
     assert open_data("demo:").spec == "demo:"
     with pytest.raises(UsageError, match="no images"):
         open_data("./demo")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "the data spec is empty"),
+        ("./pets.zip", "./pets.zip is a file"),
+        ("pets.zip", "pets.zip is a file"),
+        ("x" * 300, "cannot open the data folder x+: File name too long"),
+        ("~nobody-of-that-name/x", "no such data folder: ~nobody-of-that-name/x"),
+        ("hf:~nobody-of-that-name/x", "no such folder: '~nobody-of-that-name/x'"),
+    ],
+)
+def test_what_is_no_folder(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets.zip").touch()
+    make_images(tmp_path, ["ant", "bee"], 2)
+    with pytest.raises(UsageError, match=message) as caught:
+        open_data(spec)
+    assert caught.value.hint
+
+
+def test_a_file_that_cannot_be_hashed_is_named(tmp_path):
+    with pytest.raises(DeryError, match=r"cannot read the image .*/lost\.png: ") as caught:
+        fingerprint(FolderSplit([tmp_path / "lost.png"], None))
+    assert "--skip-bad" in caught.value.hint
+
+
+def test_a_file_name_that_is_no_text_can_be_printed(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    path.touch()
+    with pytest.raises(DeryError) as caught:
+        read_image(FolderSplit([path], None), 0)
+    assert r"caf\xe9.png: " in caught.value.message
+    caught.value.message.encode()
+
+
+class Faulty(Somebody):
+    """Fails on its own account, or says things that do not go together."""
+
+    def classes(self, argument):
+        if argument == "fails":
+            raise IndexError("off by one")
+        return None if argument == "unnamed" else super().classes(argument)
+
+    def split(self, argument, name):
+        images = super().split(f"{argument},test", name)
+        if argument == "outside":
+            images.labels[3] = -1
+        if argument == "unlabelled" and name == "test":
+            images.labels, images.__class__ = None, Unlabelled
+        return images
+
+
+class Unlabelled(Pictures):
+    def __len__(self):
+        return 10
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("fails", "the plugin 'my' fails at opening 'fails': IndexError: off by one"),
+        ("outside", "the training images of 'my:outside' have a label -1; there are 2 classes"),
+        ("unnamed", "the training images of 'my:unnamed' have labels but no classes"),
+        ("unlabelled", "the test images of 'my:unlabelled' have classes but no labels"),
+    ],
+)
+def test_a_plugin_that_breaks_its_contract(plugin, argument, message):
+    plugin(Faulty(("a", "b")))
+    with pytest.raises(DeryError, match=message):
+        open_data(f"my:{argument}")

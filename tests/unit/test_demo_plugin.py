@@ -240,9 +240,9 @@ def test_tiles_are_cut_in_order(tmp_path):
 
 
 def test_unknown_data_is_a_key_error():
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="there are demo and demo:fashion"):
         data.split("letters", "train")
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="there are demo and demo:fashion"):
         data.classes("letters")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert colours(opened.train) == [0, 1, 2]
     assert colours(opened.test) == [100, 101]
     assert data.split(str(folder), "other") is None
+
+
+def test_it_is_opened_once(tmp_path, monkeypatch):
+    folder = parquet(tmp_path / "set", train=table([0, 1, 1]), test=table([1, 0], first=100))
+    opened = []
+
+    def load(path, *args, **options):
+        opened.append(path)
+        return load_dataset(path, *args, **options)
+
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    open_data(f"hf:{folder}")
+    assert opened == [str(folder)]
+    parquet(folder, train=table([0, 1, 1, 0, 1]))  # another day
+    assert len(open_data(f"hf:{folder}").train) == 5
+    assert opened == [str(folder)] * 2
 
 
 def test_content_is_hashed_by_the_encoded_images(tmp_path):
@@ -216,6 +234,32 @@ def test_splits_by_name(tmp_path):
         data.split(f"{spec}?train=bg", "train")
 
 
+def test_one_split_cannot_be_both(tmp_path):
+    spec = f"hf:{parquet(tmp_path / 'set', train=table([0, 1] * 5))}?test=train"
+    with pytest.raises(UsageError, match="'train' cannot be trained and tested on") as caught:
+        open_data(spec)
+    assert "a fifth" in caught.value.hint
+    parts = datasets.DatasetDict(a=table([0, 1] * 5), test=table([0, 1]))
+    parts.save_to_disk(tmp_path / "two")
+    assert len(open_data(f"hf:{tmp_path / 'two'}?train=a").test) == 2
+    assert len(open_data(f"hf:{tmp_path / 'two'}?train=test").train) == 2  # no test split then
+
+
+def test_a_test_split_of_other_columns(tmp_path):
+    parts = {"train": table([0, 1] * 5), "test": table([0, 1]).remove_columns("label")}
+    folder = tmp_path / "set"
+    datasets.DatasetDict(parts).save_to_disk(folder)
+    assert len(open_data(f"hf:{folder}").test) == 2  # a fifth of the training images
+    for asked, lacks in (("?test=test", "label"), ("?test=odd", "image")):
+        if lacks == "image":
+            shutil.rmtree(folder)
+            odd = table([0, 1]).rename_column("image", "photo")
+            datasets.DatasetDict(train=parts["train"], odd=odd).save_to_disk(folder)
+        with pytest.raises(UsageError, match=f"the split '.*' has no column '{lacks}'") as caught:
+            open_data(f"hf:{folder}{asked}")
+        assert caught.value.hint.startswith("there are ")
+
+
 def test_a_single_class_is_refused(tmp_path):
     one = table([0, 0], features={"label": datasets.ClassLabel(names=["ant"])})
     with pytest.raises(UsageError, match="have only one class: ant"):
@@ -239,6 +283,10 @@ def test_broken_images_are_named_or_left_out(tmp_path):
         with pytest.raises(DeryError, match=f"cannot read the image {name}") as caught:
             read_image(train, index)
         assert "--skip-bad" in caught.value.hint
+    with pytest.raises(
+        DeryError, match=r"cannot read the image 7 of .*: there is none in this row"
+    ):
+        fingerprint(train, [7])
     terminal = Terminal(quiet=True)
     opened = open_checked(terminal, spec, skip_bad=True)
     assert colours(opened.train) == [0, 1, 3, 4, 6, 8, 9, 10, 11]

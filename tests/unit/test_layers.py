@@ -24,6 +24,7 @@ LAYERS = [
         "stream",
         "data",
         "splits",
+        "folders",
         "manifest",
         "checkpoints",
         "zoo",

@@ -239,6 +239,19 @@ def test_damaged_and_missing_idx_files(fashion: Path) -> None:
         data.split(f"KMNIST?root={fashion}", "train")
 
 
+def test_idx_files_that_do_not_belong_together(fashion: Path) -> None:
+    file = fashion / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte.gz"
+    packed = bytearray(file.read_bytes())
+    packed[12] ^= 0xFF
+    packed[14] ^= 0xFF
+    file.write_bytes(packed)
+    with pytest.raises(OSError, match=r"train-labels-idx1-ubyte\.gz is damaged: Error"):
+        data.split(f"FashionMNIST?root={fashion}", "train")
+    file.write_bytes(gzip.compress(idx(np.zeros((3, 2), np.uint8))))
+    with pytest.raises(OSError, match=r"are of \(3, 2, 3\) and \(3, 2\)"):
+        data.split(f"FashionMNIST?root={fashion}", "train")
+
+
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch) -> Path:
     from torchvision.datasets import CIFAR10
@@ -349,7 +362,7 @@ def test_other_data_sets_are_read_by_torchvision(tmp_path: Path) -> None:
     assert (len(split), split.labels) == (2, [0, 1])
     assert data.classes(spec) == ["pie", "soup"]
     assert split.image(1).size == (4, 3)
-    with pytest.raises(OSError, match="DTD is not in"):
+    with pytest.raises(OSError, match="DTD is not, or not whole, in"):
         data.split(f"DTD?root={tmp_path}", "train")
     broken = folder / "images" / "soup" / "1.jpg"
     broken.write_bytes(b"no image")
@@ -357,9 +370,23 @@ def test_other_data_sets_are_read_by_torchvision(tmp_path: Path) -> None:
         read_image(split, 1)
 
 
+def test_damaged_lists_of_other_data_sets(tmp_path: Path) -> None:
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for name in ("trainval", "test"):
+        (folder / "annotations" / f"{name}.txt").write_text("Birman_2 1 1 1\nSphynx_1 2 1 1\n")
+    spec = f"OxfordIIITPet?root={tmp_path}"
+    assert data.classes(spec) == ["Birman", "Sphynx"]
+    assert data.split(spec, "train").labels == [0, 1]
+    (folder / "annotations" / "trainval.txt").write_text("what is this?")
+    with pytest.raises(OSError, match=r"the files of OxfordIIITPet in .* cannot be read: "):
+        data.split(spec, "train")
+
+
 def test_unknown_data_sets_and_options(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="CIFAR11"):
-        data.split("CIFAR11", "train")
+    with pytest.raises(KeyError, match=r"it is not one of CIFAR10, .* class folders as a folder"):
+        data.split("EuroSAT", "train")
     with pytest.raises(KeyError, match="unknown option 'rot'"):
         data.split(f"CIFAR10?rot={tmp_path}", "train")
 
@@ -375,5 +402,9 @@ def test_nothing_is_fetched_unasked(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="which HF_HUB_OFFLINE forbids"):
         data.split("CIFAR100?download=1", "train")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    with pytest.raises(AssertionError, match="fetched"):
-        data.split("CIFAR100?download=1", "train")
+    for word in ("1", "true", "Yes"):
+        with pytest.raises(AssertionError, match="fetched"):
+            data.split(f"CIFAR100?download={word}", "train")
+    for word in ("0", "False", "NO", "off", "never", ""):
+        with pytest.raises(OSError, match="CIFAR100 is not in"):
+            data.split(f"CIFAR100?download={word}", "train")
