@@ -1,10 +1,9 @@
 """How well a linear stitch could join two nodes, for many pairs at once, before anything is built.
 
-Legend: N images, G grid positions, R = N*G rows, C source channels, D target channels, P penalties,
-F folds.
+Legend: N images, G grid positions, C source channels, D target channels.
 
 For a source node the Gram of its features is decomposed once a fold; every target node is then a
-few columns of the same matrix products.
+few columns of the same moments.
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dery_cli.core.ridge import RIDGE_PENALTIES
+from dery_cli.core.ridge import RidgeStatistics
 from dery_cli.core.stitch import resample
 from dery_cli.types import Layout, Node
 
 MIN_R2 = 0.01
+
+MOMENT_BYTES = 512 << 20
+"""Moments of a source with several targets at once may take so much memory."""
 
 
 def joint_r2(
@@ -73,44 +75,31 @@ def _on_grid(source: Node, source_NGC: Tensor, target: Node, positions: int) -> 
     return resample(grid_NCHW, want).flatten(2).transpose(1, 2)
 
 
+def _chunks(outputs: Sequence[Tensor], in_chs: int, folds: int) -> list[list[int]]:
+    """Runs of outputs whose moments with the inputs take ``MOMENT_BYTES`` at most, or one alone."""
+    limit = MOMENT_BYTES // (8 * in_chs * (folds + 2))
+    chunks: list[list[int]] = []
+    room = 0
+    for number, y_NGD in enumerate(outputs):
+        if y_NGD.shape[2] > room:
+            chunks.append([])
+            room = limit
+        chunks[-1].append(number)
+        room -= y_NGD.shape[2]
+    return chunks
+
+
 def _grouped_r2(
     x_NGC: Tensor, outputs: Sequence[Tensor], *, position_bias: bool, folds: int
 ) -> list[float]:
-    x_NGC = x_NGC.double()
-    y_NGD = torch.cat([y.double() for y in outputs], dim=2)
-    widths = [y.shape[2] for y in outputs]
     fold_N = torch.arange(len(x_NGC)) % folds
-    error_PD = torch.zeros(len(RIDGE_PENALTIES), y_NGD.shape[2], dtype=torch.float64)
-    spread_D = torch.zeros(y_NGD.shape[2], dtype=torch.float64)
-    axes = (0,) if position_bias else (0, 1)
-    for fold in range(folds):
-        test = fold_N == fold
-        if not test.any() or test.all():
-            continue
-        mean_x = x_NGC[~test].mean(axes, keepdim=True)
-        mean_y = y_NGD[~test].mean(axes, keepdim=True)
-        x_RC = (x_NGC[~test] - mean_x).flatten(0, 1)
-        y_RD = (y_NGD[~test] - mean_y).flatten(0, 1)
-        x_TC = (x_NGC[test] - mean_x).flatten(0, 1)
-        y_TD = (y_NGD[test] - mean_y).flatten(0, 1)
-        values_C, vectors_CC = torch.linalg.eigh(x_RC.T @ x_RC)
-        values_C = values_C.clamp(min=0)
-        scale = float(values_C.mean())
-        spread_D += y_TD.square().sum(0)
-        if scale == 0:
-            error_PD += y_TD.square().sum(0)
-            continue
-        rotated_CD = vectors_CC.T @ (x_RC.T @ y_RD)
-        rotated_TC = x_TC @ vectors_CC
-        for index, penalty in enumerate(RIDGE_PENALTIES):
-            weight_CD = rotated_CD / (values_C + penalty * scale)[:, None]
-            error_PD[index] += (y_TD - rotated_TC @ weight_CD).square().sum(0)
-    values = []
-    for errors_PD, spreads_D in zip(
-        torch.split(error_PD, widths, dim=1), torch.split(spread_D, widths), strict=True
-    ):
-        spread = float(spreads_D.sum())
-        values.append(1 - float(errors_PD.sum(1).min()) / spread if spread > 0 else 0.0)
+    values: list[float] = []
+    for chunk in _chunks(outputs, x_NGC.shape[2], folds):
+        y_NGD = torch.cat([outputs[number] for number in chunk], dim=2)
+        widths = [outputs[number].shape[2] for number in chunk]
+        moments = RidgeStatistics(x_NGC.shape[1], x_NGC.shape[2], y_NGD.shape[2], folds=folds)
+        moments.update(x_NGC, y_NGD, fold_N)
+        values += moments.r2(widths, position_bias=position_bias)
     return values
 
 

@@ -26,7 +26,7 @@ class _Sums:
 
     gram_CC: Tensor
     cross_CD: Tensor
-    square: Tensor
+    square_D: Tensor
     sum_x_GC: Tensor
     sum_y_GD: Tensor
     class_x_KZC: Tensor
@@ -44,7 +44,7 @@ class _Sums:
         return cls(
             gram_CC=empty(c, c),
             cross_CD=empty(c, d),
-            square=empty(1)[0],
+            square_D=empty(d),
             sum_x_GC=empty(groups, c),
             sum_y_GD=empty(groups, d),
             class_x_KZC=empty(classes, cells, c),
@@ -69,13 +69,14 @@ class _Sums:
     def moved(self, offset_KZD: Tensor, cell_G: Tensor) -> _Sums:
         """The statistics with ``offset_KZD[class, cell]`` added to every output."""
         size_Z = torch.bincount(cell_G, minlength=self.class_y_KZD.shape[1])
-        added = 2 * (self.class_y_KZD * offset_KZD).sum()
-        added = added + (self.images_K @ (offset_KZD.square().sum(2) @ size_Z.double()))
+        added_D = 2 * (self.class_y_KZD * offset_KZD).sum((0, 1))
+        weights = (self.images_K, offset_KZD.square(), size_Z.double())
+        added_D = added_D + torch.einsum("k,kzd,z->d", *weights)
         total_ZD = torch.einsum("k,kzd->zd", self.images_K, offset_KZD)
         return dataclasses.replace(
             self,
             cross_CD=self.cross_CD + self.class_x_KZC.flatten(0, 1).T @ offset_KZD.flatten(0, 1),
-            square=self.square + added,
+            square_D=self.square_D + added_D,
             sum_y_GD=self.sum_y_GD + total_ZD[cell_G],
         )
 
@@ -155,7 +156,7 @@ class RidgeStatistics:
             x_RC, y_RD = x.flatten(0, 1), y.flatten(0, 1)
             sums.gram_CC += x_RC.T @ x_RC
             sums.cross_CD += x_RC.T @ y_RD
-            sums.square += y_RD.square().sum()
+            sums.square_D += y_RD.square().sum(0)
             sums.sum_x_GC += x.sum(0)
             sums.sum_y_GD += y.sum(0)
             sums.images += len(rows)
@@ -208,14 +209,14 @@ class RidgeStatistics:
                 centred = _Centred.of(train, position_bias)
                 basis = self._basis((chosen, index, position_bias), centred)
                 test = _Centred.of(held_out, position_bias, centre=centred)
-                plain += basis.errors(centred, test, penalties)
-                spread += float(test.square)
+                plain += basis.errors(centred, test, penalties)[:, 0]
+                spread += float(test.square_D.sum())
                 if class_weight:
                     offset_KZD = class_weight * train.class_offsets(self.cell_G)
                     centred = _Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)
                     other = held_out.moved(offset_KZD, self.cell_G)
                     test = _Centred.of(other, position_bias, centre=centred)
-                    moved += basis.errors(centred, test, penalties)
+                    moved += basis.errors(centred, test, penalties)[:, 0]
             best = int((moved if class_weight else plain).argmin())
             r2 = 1 - float(plain.min()) / spread if spread > 0 else 0.0
         else:
@@ -227,6 +228,34 @@ class RidgeStatistics:
         weight_CD = basis.weights(centred.cross_CD, penalties[best])
         bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
         return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), float(plain.min()), penalties[best])
+
+    def r2(
+        self,
+        widths: Sequence[int],
+        *,
+        position_bias: bool,
+        penalties: Sequence[float] = RIDGE_PENALTIES,
+    ) -> list[float]:
+        """Cross-validated R2 of so many outputs in a row each, a penalty chosen for each.
+
+        Args:
+            widths: How the output channels are parted.
+            position_bias: One offset a position instead of one for all.
+            penalties: Candidates, in units of the mean eigenvalue of the centred Gram.
+        """
+        total = _added(self.folds)
+        used = [index for index, sums in enumerate(self.folds) if sums.images > 0]
+        error_PW = torch.zeros(len(penalties), len(widths), dtype=torch.float64)
+        spread_W = torch.zeros(len(widths), dtype=torch.float64)
+        for index in used if len(used) > 1 else ():
+            centred = _Centred.of(total.combine(self.folds[index], -1.0), position_bias)
+            test = _Centred.of(self.folds[index], position_bias, centre=centred)
+            basis = self._basis((tuple(range(len(self.folds))), index, position_bias), centred)
+            error_PW += basis.errors(centred, test, penalties, widths)
+            parts = torch.split(test.square_D.cpu(), list(widths))
+            spread_W += torch.stack([part.sum() for part in parts])
+        share_W = error_PW.min(0).values / spread_W
+        return torch.where(spread_W > 0, 1 - share_W, 0.0).tolist()
 
     def _basis(self, key: tuple[tuple[int, ...], int | None, bool], centred: _Centred) -> _Basis:
         """Of some folds, one left out; the inputs alone decide it, whatever the class weight."""
@@ -241,7 +270,7 @@ class _Centred:
 
     gram_CC: Tensor
     cross_CD: Tensor
-    square: Tensor
+    square_D: Tensor
     mean_x_GC: Tensor
     mean_y_GD: Tensor
 
@@ -259,7 +288,7 @@ class _Centred:
             mean_x, mean_y = centre.mean_x_GC, centre.mean_y_GD
         gram = sums.gram_CC - sum_x.T @ mean_x - mean_x.T @ sum_x + count * (mean_x.T @ mean_x)
         cross = sums.cross_CD - sum_x.T @ mean_y - mean_x.T @ sum_y + count * (mean_x.T @ mean_y)
-        square = sums.square - 2 * (sum_y * mean_y).sum() + count * mean_y.square().sum()
+        square = sums.square_D - 2 * (sum_y * mean_y).sum(0) + count * mean_y.square().sum(0)
         return cls(gram, cross, square, mean_x, mean_y)
 
 
@@ -283,16 +312,40 @@ class _Basis:
         shrunk_CD = (self.vectors_CC.T @ cross_CD) / (self.values_C + penalty * self.scale)[:, None]
         return self.vectors_CC @ shrunk_CD
 
-    def errors(self, train: _Centred, test: _Centred, penalties: Sequence[float]) -> Tensor:
-        """Squared error on ``test`` of the maps fitted to ``train`` for each penalty."""
+    def errors(
+        self,
+        train: _Centred,
+        test: _Centred,
+        penalties: Sequence[float],
+        widths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Squared error on ``test`` of the maps fitted to ``train``, (P, outputs).
+
+        For W = diag(s) A, A the rotated cross moments of the training part and s the shrinkage of
+        a penalty, the error |y|^2 - 2 tr(W' B) + tr(W' G W) needs A only in the diagonal of A B'
+        and in A A': one product each, whatever the number of penalties.
+
+        Args:
+            train: Moments that the basis is of.
+            test: Moments of what was held out, about the training part's means.
+            penalties: P of them.
+            widths: Outputs in a row whose errors are summed apart; None is all of them.
+        """
+        widths = [len(test.square_D)] if widths is None else list(widths)
+        square_W = torch.stack([part.sum() for part in torch.split(test.square_D, widths)])
         if self.scale == 0:
-            return test.square.expand(len(penalties)).cpu()
-        cross_CD = self.vectors_CC.T @ train.cross_CD
-        test_cross_CD = self.vectors_CC.T @ test.cross_CD
-        test_gram_CC = self.vectors_CC.T @ test.gram_CC @ self.vectors_CC
+            return square_W.expand(len(penalties), -1).cpu()
+        rotate_CC = self.vectors_CC.T
+        shrink_PC = 1 / (self.values_C + self.scale * self.values_C.new_tensor(penalties)[:, None])
+        test_gram_CC = rotate_CC @ test.gram_CC @ self.vectors_CC
         answer = []
-        for penalty in penalties:
-            weight_CD = cross_CD / (self.values_C + penalty * self.scale)[:, None]
-            fitted = (weight_CD * (test_gram_CC @ weight_CD)).sum()
-            answer.append(test.square - 2 * (weight_CD * test_cross_CD).sum() + fitted)
-        return torch.stack(answer).cpu()
+        for square, train_CD, test_CD in zip(
+            square_W,
+            torch.split(rotate_CC @ train.cross_CD, widths, dim=1),
+            torch.split(rotate_CC @ test.cross_CD, widths, dim=1),
+            strict=True,
+        ):
+            fitted_CC = test_gram_CC * (train_CD @ train_CD.T)
+            quadratic_P = ((shrink_PC @ fitted_CC) * shrink_PC).sum(1)
+            answer.append(square - 2 * shrink_PC @ (train_CD * test_CD).sum(1) + quadratic_P)
+        return torch.stack(answer, dim=1).cpu()

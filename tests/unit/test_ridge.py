@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dery_cli.core import joints
 from dery_cli.core.joints import joint_r2
 from dery_cli.core.probe import fit_classifier, probe_accuracy, stratified_folds
 from dery_cli.core.ridge import RIDGE_PENALTIES, RidgeStatistics
@@ -197,3 +198,15 @@ def test_statistics_that_grow_after_a_fit_are_fitted_anew():
     whole.update(x[32:], y[32:], fold[32:])
     fits = [s.solve(position_bias=False) for s in (grown, whole)]
     assert torch.equal(fits[0].weight_CD, fits[1].weight_CD)
+
+
+@pytest.mark.parametrize("room", [1, 8 * 5 * 6 * 4])
+def test_joint_r2_does_not_depend_on_how_many_targets_fit_in_memory(monkeypatch, room):
+    x, y, _, _ = _data(n=64, g=4, c=5, d=3, noise=0.5)
+    source = _node(Layout.NCHW, (5, 2, 2), (2, 2))
+    targets = {
+        k: (_node(Layout.NCHW, (3, 2, 2), (2, 2)), y + k * torch.randn(64, 4, 3)) for k in range(5)
+    }
+    whole = joint_r2(source, x, targets)
+    monkeypatch.setattr(joints, "MOMENT_BYTES", room)
+    assert joint_r2(source, x, targets) == pytest.approx(whole, abs=1e-12)
