@@ -142,7 +142,7 @@ LayerDecayOption = Annotated[
     _option(
         RATES,
         "--layer-decay",
-        help="Further factor a layer of the blocks, counted back from the head; 1 is none.",
+        help="Further factor a residual block or the like, from the head back; 1 is none.",
     ),
 ]
 

@@ -33,7 +33,8 @@ class FinetuneConfig:
         optimizer: A name timm's optimizer factory knows.
         lr: Peak learning rate of stitches and head.
         block_lr_scale: Learning rate of the blocks as a factor of ``lr``.
-        layer_decay: Further factor per layer of the blocks, counted back from the head; 1 is none.
+        layer_decay: Further factor per donor's unit of the blocks, counted back from the head; 1 is
+            none.
         weight_decay: Of weights of two and more dimensions; norms, biases and embeddings get none.
         warmup: Share of the updates during which the learning rate rises linearly.
         min_lr: Learning rate the cosine ends at.
