@@ -76,21 +76,30 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
     return list(groups.values())
 
 
+UNSUITABLE = {
+    "adahessian": "needs second derivatives, which the loop does not compute",
+    "kron": "keeps a state that a checkpoint cannot hold",
+}
+"""Optimizers of timm, by the beginnings of their names, that a run cannot use."""
+
+
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.optim.Optimizer:
     """The optimizer timm has by that name, over the groups.
 
     Raises:
-        UsageError: timm knows no such optimizer.
+        UsageError: timm knows no such optimizer, or it cannot be used here.
     """
+    name, hint = config.optimizer, "for example adamw, sgd, lamb, lion"
+    for beginning, reason in UNSUITABLE.items():
+        if name.lower().removeprefix("lookahead_").startswith(beginning):
+            raise UsageError(f"the optimizer {name!r} {reason}", hint)
     bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     try:
-        return create_optimizer_v2(
-            bare, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
-        )
+        return create_optimizer_v2(bare, opt=name, lr=config.lr, weight_decay=config.weight_decay)
     except ValueError as error:
-        raise UsageError(
-            f"timm has no optimizer {config.optimizer!r}", "for example adamw, sgd, lamb, lion"
-        ) from error
+        raise UsageError(f"timm has no optimizer {name!r}", hint) from error
+    except (AssertionError, ImportError) as error:  # APEX's and bitsandbytes' want CUDA
+        raise UsageError(f"the optimizer {name!r} cannot be used here: {error}", hint) from error
 
 
 def make_scheduler(

@@ -87,7 +87,11 @@ class Trained:
 def pack_optimizer(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state dict: tensors as ``<parameter index>.<key>``, the rest as JSON."""
+    """An optimizer's state dict: tensors by dotted names, the rest as JSON.
+
+    Tensors of its state are ``<parameter index>.<key>``, those of its groups (LAMB counts its steps
+    there) ``group.<group index>.<key>``. A type is an option that the optimizer has anyway.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
@@ -95,7 +99,15 @@ def pack_optimizer(
         for key, value in entries.items():
             where = tensors if isinstance(value, torch.Tensor) else plain
             where[f"{index}.{key}"] = value
-    return tensors, {"plain": plain, "param_groups": state["param_groups"]}
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(state["param_groups"]):
+        groups.append({})
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"group.{index}.{key}"] = value
+            elif not isinstance(value, torch.dtype):
+                groups[-1][key] = value
+    return tensors, {"plain": plain, "param_groups": groups}
 
 
 def unpack_optimizer(
@@ -105,14 +117,22 @@ def unpack_optimizer(
 ) -> None:
     """Load what ``pack_optimizer`` gave; tuples that JSON made lists become tuples again."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **data["plain"]}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in data["param_groups"]
-    ]
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, data["param_groups"], strict=True):
+        for key, value in saved.items():
+            group[key] = tuple(value) if isinstance(value, list) and key != "params" else value
+    for name, value in {**tensors, **data["plain"]}.items():
+        index, _, key = name.partition(".")
+        if index == "group":
+            index, _, key = key.partition(".")
+            groups[int(index)][key] = value
+        else:
+            state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for index, own in optimizer.state_dict()["state"].items():
+        for key, value in state[index].items():
+            if isinstance(value, torch.Tensor):  # torch gave it the parameter's type
+                own[key] = own[key].to(value.dtype)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:

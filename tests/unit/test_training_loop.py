@@ -162,6 +162,9 @@ STOPPED_AT = [
     (1, {"mode": "frozen", "mixed_precision": "bf16"}),
     (0, {"valid": None}),
     (8, {"batch_norm": "fixed", "make": pretrained}),
+    (5, {"optimizer": "lamb"}),  # counts its steps in a tensor of its groups
+    (5, {"optimizer": "adafactorbv"}),  # has momentum in bfloat16, and a type among its options
+    (7, {"optimizer": "lookahead_adamw"}),
 ]
 
 

@@ -125,10 +125,20 @@ def test_parameters_that_were_fixed_stay_fixed_and_nothing_to_train_is_an_error(
         groups_of(model.requires_grad_(False))
 
 
-def test_an_unknown_optimizer_is_named():
-    config = FinetuneConfig(steps=1, optimizer="adamx")
-    with pytest.raises(UsageError, match="timm has no optimizer 'adamx'"):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("adamx", "timm has no optimizer 'adamx'"),
+        ("fusedlamb", "the optimizer 'fusedlamb' cannot be used here: "),
+        ("adahessian", "the optimizer 'adahessian' needs second derivatives"),
+        ("lookahead_kronw", "the optimizer 'lookahead_kronw' keeps a state that"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_named(name, text):
+    config = FinetuneConfig(steps=1, optimizer=name)
+    with pytest.raises(UsageError) as error:
         optim.make_optimizer(optim.parameter_groups(Assembly(), config), config)
+    assert error.value.message.startswith(text)
 
 
 @pytest.mark.parametrize(
