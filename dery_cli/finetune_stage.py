@@ -197,6 +197,10 @@ def _train(
             resume=request.resume,
             teacher=None if teacher is None else teacher.module,
             teacher_identity="" if teacher is None else teacher.identity,
+            origin={
+                "start": f"{plan.start.name} {plan.start.parent[:16]}",
+                "data": plan.splits.digest[:16],
+            },
             progress=advance,
             warn=terminal.warn,
         )

@@ -169,6 +169,7 @@ def run_identity(
     *,
     images: int,
     teacher: str | None,
+    origin: Mapping[str, str],
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run.
 
@@ -178,6 +179,7 @@ def run_identity(
         labels: Of the training images, or None where the data do not tell them.
         images: Training images.
         teacher: Which it is, or None.
+        origin: What the run comes of, by name.
     """
     text = json.dumps(None if labels is None else list(labels))
     return {
@@ -186,11 +188,12 @@ def run_identity(
         "images": images,
         "labels_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "teacher": teacher,
+        "origin": dict(origin),
     }
 
 
 def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume with other data, another teacher or other options than the checkpoint's.
+    """Refuse to resume with other data, start, teacher or options than the checkpoint's.
 
     Raises:
         UsageError: Names the first that differs, with both values.
@@ -201,6 +204,12 @@ def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
                 f"{folder} was trained with other data: {what} {_short(saved[what])}, "
                 f"now {_short(own[what])}",
                 "resume with the same data, or leave out --resume",
+            )
+    for what, value in own["origin"].items():
+        if (before := saved.get("origin", {}).get(what)) != value:
+            raise UsageError(
+                f"{folder} came of another {what}: {before}, now {value}",
+                "resume what was begun, or leave out --resume",
             )
     if saved["teacher"] != own["teacher"]:
         raise UsageError(

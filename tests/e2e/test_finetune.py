@@ -245,6 +245,9 @@ def test_a_damaged_checkpoint_is_not_resumed(copied, stopped, damage, text):
 def test_other_options_do_not_resume(copied, stopped):
     error = refused(copied, f"{RUN} --name parts --resume --lr 0.1", 2)
     assert "was trained with lr 0.003, now 0.1" in error["message"]
+    error = refused(copied, f"{RUN} --name parts --resume --scratch", 2)
+    assert "came of another start: " in error["message"]
+    assert ", from scratch" in error["message"]
     error = refused(copied, f"{RUN} --name never --resume", 2)
     assert "holds no checkpoint to resume from" in error["message"]
 

@@ -22,7 +22,7 @@ from tests.unit.training_standins import CLASSES, Assembly, Noisy, images, lines
 def run(tmp_path, model=None, train=None, valid="same", **changes):
     options = {
         name: changes.pop(name)
-        for name in ("resume", "progress", "stop", "teacher", "classes")
+        for name in ("resume", "progress", "stop", "teacher", "classes", "origin")
         if name in changes
     }
     settings = {"steps": 12, "batch_size": 16, "report_every": 4, **changes}
@@ -352,6 +352,7 @@ def test_two_runs_on_one_folder(tmp_path):
         ({"lr": 0.5}, "was trained with lr 0.001, now 0.5"),
         ({"train": images(60)}, "was trained with other data: images 90, now 60"),
         ({"classes": ("x", "y", "z")}, "was trained with other data: classes"),
+        ({"origin": {"start": "b"}}, "came of another start: None, now b"),
         (
             {"train": TensorDataset(images().tensors[0], images().tensors[1].flip(0))},
             "was trained with other data: labels_sha256",
