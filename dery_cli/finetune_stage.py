@@ -24,6 +24,7 @@ from dery_cli.teacher import LoadedTeacher, TeacherChoice, choose_teacher, load_
 from dery_cli.terminal import GrowingTable, Terminal
 from dery_cli.training.evaluate import EvalResult, evaluate
 from dery_cli.training.loop import finetune
+from dery_cli.training.optim import make_optimizer, parameter_groups
 from dery_cli.training.plan import make_plan
 from dery_cli.training.progress import FinetuneResult, Progress
 from dery_cli.training.recipe import FinetuneConfig
@@ -49,7 +50,7 @@ def fine_tune(
     with open_processes(device, torch.get_num_threads()) as processes:
         path = space.run(request.run_name) / "run.json"
         with processes.united():
-            plan = _prepare(terminal, space, request, config, processes.device)
+            plan = _prepare(terminal, space, request, config, processes)
             found = None if request.resume else unchanged(path, plan.record)
             trained = None
             if found is None:
@@ -73,6 +74,7 @@ class _Plan:
         start: The network.
         data: The target.
         splits: Its images in three parts.
+        steps: Updates in all.
         classes: Class names in label order.
         teacher: To learn from, or None.
         record: What the run's record will be, its data left out.
@@ -81,6 +83,7 @@ class _Plan:
     start: Start
     data: DataSet
     splits: Splits
+    steps: int
     classes: tuple[str, ...]
     teacher: TeacherChoice | None
     record: Artifact
@@ -106,13 +109,16 @@ def _prepare(
     space: Workspace,
     request: FinetuneRequest,
     config: FinetuneConfig,
-    device: torch.device,
+    processes: Processes,
 ) -> _Plan:
-    start, data = _open(terminal, space, request, config, device)
+    start, data = _open(terminal, space, request, config, processes.device)
     fraction = request.valid_fraction
     if fraction is None:
         fraction = 0.2 if len(data.train) >= MIN_IMAGES_TO_CHOOSE_ON else 0.0
     splits = make_splits(data, start, config, fraction)
+    # what the loop would refuse is refused now: comparing teachers takes its time
+    steps = make_plan(config, len(splits.kept), processes=processes.count).steps
+    make_optimizer(parameter_groups(start.assembly.network, config), config)
     classes = start.assembly.classes
     assert classes is not None
     teacher = None
@@ -122,6 +128,7 @@ def _prepare(
         start=start,
         data=data,
         splits=splits,
+        steps=steps,
         classes=classes,
         teacher=teacher,
         record=run_artifact(start, splits, config, teacher),
@@ -173,10 +180,9 @@ def _train(
         )
     before = _score(plan, config, processes.device) if processes.main else None
     processes.share(None)  # the others wait for the score, however long it takes
-    steps = make_plan(config, len(plan.splits.kept), processes=processes.count).steps
     curves = Curves(run_dir) if request.tensorboard and processes.main else None
     table = _table(terminal, validated=plan.splits.valid is not None)
-    with terminal.progress("fine-tuning", steps) as bar:
+    with terminal.progress("fine-tuning", plan.steps) as bar:
 
         def advance(now: Progress) -> None:
             note = "" if now.loss is None else f"loss {now.loss:.3f}"

@@ -218,7 +218,10 @@ TensorboardOption = Annotated[
     ),
 ]
 MixedPrecisionOption = Annotated[
-    str | None, _option(RUN, "--mixed-precision", help=f"{', '.join(PRECISIONS)}.")
+    str | None,
+    _option(
+        RUN, "--mixed-precision", help=f"{', '.join(PRECISIONS)}; a launcher's choice by default."
+    ),
 ]
 WorkspaceOption = Annotated[Path | None, _shared(shared.WorkspaceOption, RUN)]
 SeedOption = Annotated[int, _shared(shared.SeedOption, RUN)]

@@ -103,7 +103,7 @@ class FinetuneConfig:
             _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(
-                f"give either epochs or steps, not {'both' if self.epochs else 'neither'}",
+                f"give either epochs or steps, not {'neither' if self.epochs is None else 'both'}",
                 "for example --epochs 100, or --steps 150",
             )
         for name in ("epochs", "steps", "batch_size", "grad_accum", "report_every"):
@@ -114,8 +114,9 @@ class FinetuneConfig:
             _above_zero(name, getattr(self, name))
         for name in ("block_lr_scale", "weight_decay", "min_lr", "mixup", "cutmix"):
             _not_negative(name, getattr(self, name))
-        for name in ("distill_features", "seed", "workers"):
+        for name in ("distill_features", "workers"):
             _not_negative(name, getattr(self, name))
+        _within("seed", self.seed, 0, 2**63 - 1)  # what torch takes
         for name in ("hflip", "distill_logits"):
             _within(name, getattr(self, name), 0.0, 1.0)
         _within("layer_decay", self.layer_decay, 0.0, 1.0)

@@ -185,6 +185,29 @@ def test_teachers_that_are_refused(copied, tmp_path):
 # bad input
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--batch-size 15 --grad-accum 2", "a batch of 15 does not divide"),
+        ("--optimizer adamx", "timm has no optimizer 'adamx'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_teachers_are_compared(copied, line, text):
+    outcome = copied("finetune", "--teacher", "best", "--name", "x", *line.split())
+    assert outcome.code == 2
+    assert text in outcome.stderr
+    assert "comparing teachers" not in outcome.stderr
+
+
+def test_a_launchers_precision_is_the_runs(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    tune(copied, "--steps 1 --name half")
+    assert record(tmp_path / "ws", "half")["options"]["mixed_precision"] == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    error = refused(copied, "--steps 1 --name half --resume", 2)
+    assert "was trained with mixed_precision bf16, now no" in error["message"]
+
+
 @pytest.fixture
 def stopped(copied, tmp_path, monkeypatch):
     """A run of 8 updates that met a full disk at the sixth."""

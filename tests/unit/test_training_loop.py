@@ -382,6 +382,20 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path):
         run(tmp_path, resume=True)
 
 
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    """Accelerate computes in fp32 there and does not say so."""
+    with pytest.raises(UsageError, match="no training in fp16 on a CPU"):
+        run(tmp_path / "run", mixed_precision="fp16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulation_bounds_the_images_at_once_in_validation_too(tmp_path):
+    model, sizes = Assembly(), []
+    model.head.register_forward_hook(lambda head, x, _: sizes.append(len(x[0])))
+    run(tmp_path, model, grad_accum=4, ema_decay=None)
+    assert max(sizes) == 2 * 16 // 4
+
+
 def test_the_precision_of_one_run_does_not_stick_to_the_next(tmp_path):
     run(tmp_path / "bf16", mixed_precision="bf16")
     run(tmp_path / "none")

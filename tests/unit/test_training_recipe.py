@@ -38,6 +38,8 @@ def test_steps_replace_the_recipes_epochs_and_none_changes_nothing():
         ({"epochs": 3, "steps": 3}, "give either epochs or steps, not both"),
         ({}, "give either epochs or steps, not neither"),
         ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"steps": 3, "epochs": 0}, "give either epochs or steps, not both"),
+        ({"steps": 1, "seed": 2**63}, "seed must be at least 0 and at most 9.22337e+18"),
         ({"steps": 1, "lr": -1.0}, "lr must be above 0, not -1"),
         ({"steps": 1, "lr": math.nan}, "lr must be above 0, not nan"),
         ({"steps": 1, "warmup": 1.0}, "warmup must be at least 0 and below 1, not 1"),
