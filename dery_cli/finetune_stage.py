@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.assembly_store import MODEL_FILE, save_network
 from dery_cli.data import DEFAULT_CROP, DataSet, open_checked
+from dery_cli.errors import DeryError
 from dery_cli.finetuning import (
     Splits,
     Start,
@@ -26,7 +28,7 @@ from dery_cli.training.evaluate import EvalResult, evaluate
 from dery_cli.training.loop import finetune
 from dery_cli.training.optim import make_optimizer, parameter_groups
 from dery_cli.training.plan import make_plan
-from dery_cli.training.progress import FinetuneResult, Progress
+from dery_cli.training.progress import CALMER, FinetuneResult, Progress
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.request import MIN_IMAGES_TO_CHOOSE_ON, FinetuneRequest
 from dery_cli.training.tensorboard import Curves
@@ -232,9 +234,20 @@ def _score(plan: _Plan, config: FinetuneConfig, device: torch.device) -> EvalRes
 def _write(
     path: Path, plan: _Plan, config: FinetuneConfig, processes: Processes, trained: _Trained
 ) -> Artifact:
-    """Score the best weights on the test images, and write the run's artifact."""
+    """Score the best weights on the test images, and write the run's artifact.
+
+    Raises:
+        DeryError: The network's loss is not finite, or the files cannot be written.
+    """
     before, result, teacher = trained.before, trained.result, trained.teacher
     after, source = _score(plan, config, processes.device), plan.start.assembly.record.data
+    test_loss = None if after is None else after.loss
+    losses = {"validation": result.best.get("valid_loss"), "test": test_loss}
+    for what, loss in losses.items():
+        if loss is not None and not math.isfinite(loss):  # though the weights are finite
+            raise DeryError(
+                f"after {result.steps} updates the loss on the {what} images is {loss}", CALMER
+            )
     data: dict[str, Any] = {
         "network": source["network"],
         "start": plan.start.name,
@@ -251,7 +264,7 @@ def _write(
         },
         "test_top1_before": None if before is None else before.top1,
         "test_top1": None if after is None else after.top1,
-        "test_loss": None if after is None else after.loss,
+        "test_loss": test_loss,
         "test_images": None if after is None else after.images,
     }
     if teacher is not None:

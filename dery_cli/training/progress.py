@@ -86,12 +86,15 @@ def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     return math.isfinite(loss) and (higher or not math.isfinite(best_loss))
 
 
+CALMER = "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed"
+
+
 def diverged(run_dir: Path, what: str, step: int, steps: int) -> DeryError:
     """What a loss or weights that are not finite are answered with."""
     last = find_checkpoint(run_dir, "last")
     return DeryError(
         f"{what} at update {step} of {steps}; the last good checkpoint is {last}",
-        "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed",
+        CALMER,
         details={"step": step, "checkpoint": None if last is None else str(last)},
     )
 

@@ -291,6 +291,15 @@ def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(copied, t
     assert ckpt.load_checkpoint(tmp_path / "ws" / "runs" / "wild" / f"last-{step - 1:06d}")
 
 
+@pytest.mark.parametrize(("fraction", "what"), [("0", "test"), ("0.2", "validation")])
+def test_finite_weights_whose_loss_is_not_are_no_result(copied, tmp_path, fraction, what):
+    line = f"--steps 1 --lr 1e30 --clip-grad 0 --warmup 0 --valid-fraction {fraction} --name wild"
+    error = refused(copied, line, 1)
+    assert error["message"].startswith(f"after 1 updates the loss on the {what} images is ")
+    assert "--lr" in error["hint"]
+    assert not (tmp_path / "ws" / "runs" / "wild" / "run.json").exists()
+
+
 def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
     make_images(tmp_path / "few", ["cat", "dog"], 10)
     told = tune(copied, "--donor demo__mobilenetv3 --data ./few --steps 1 --name few")
