@@ -273,9 +273,12 @@ def _write(
             "sha256": teacher.sha256,
             "probe_accuracy": teacher.accuracy,
         }
-    with transaction(path) as work:
-        save_network(work.path(MODEL_FILE), plan.start.assembly.network)
-        done = work.commit(dataclasses.replace(plan.record, data=data))
+    try:
+        with transaction(path) as work:
+            save_network(work.path(MODEL_FILE), plan.start.assembly.network)
+            done = work.commit(dataclasses.replace(plan.record, data=data))
+    except DeryError as error:  # it says to rerun, which would begin anew
+        raise DeryError(error.message, "free some space and go on with --resume") from error
     write_log(
         path.with_name(LOG_FILE),
         {

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from dery_cli import finetune_stage
 from dery_cli.core.probe import fit_classifier
 from dery_cli.data import EvalTransform, open_data, stratified_holdout
 from dery_cli.training import checkpoint as ckpt
@@ -238,6 +239,19 @@ def test_after_a_full_disk_the_run_goes_on_to_the_same_bytes(copied, tmp_path, s
     whole = tmp_path / "ws" / "runs" / "whole"
     for name in ("model.safetensors", "metrics.jsonl", "run.json"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_disk_that_is_full_at_the_very_end_does_not_cost_the_run(copied, tmp_path, monkeypatch):
+    def full(path, network):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(finetune_stage, "save_network", full)
+    error = refused(copied, "--steps 2 --name parts", 1)
+    monkeypatch.undo()
+    assert "no space left on the disk" in error["message"]
+    assert "--resume" in error["hint"]
+    monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is left to train
+    tune(copied, "--steps 2 --name parts --resume")
 
 
 @pytest.mark.parametrize(
