@@ -17,6 +17,7 @@ from dery_cli.errors import DeryError
 from dery_cli.finetuning import (
     Splits,
     Start,
+    load_whole_donor,
     make_splits,
     start_from_assembly,
     start_from_donor,
@@ -113,7 +114,7 @@ def _prepare(
     config: FinetuneConfig,
     processes: Processes,
 ) -> _Plan:
-    start, data = _open(terminal, space, request, config, processes.device)
+    start, data = _open(terminal, space, request, config)
     fraction = request.valid_fraction
     if fraction is None:
         fraction = 0.2 if len(data.train) >= MIN_IMAGES_TO_CHOOSE_ON else 0.0
@@ -142,7 +143,6 @@ def _open(
     space: Workspace,
     request: FinetuneRequest,
     config: FinetuneConfig,
-    device: torch.device,
 ) -> tuple[Start, DataSet]:
     """The network to start from, and the target."""
     skip_bad = request.skip_bad
@@ -155,7 +155,7 @@ def _open(
         return start, open_checked(terminal, request.data or target["target"], skip_bad=skip_bad)
     assert request.data is not None
     data = open_checked(terminal, request.data, skip_bad=skip_bad)
-    return start_from_donor(space, request.donor, data, DEFAULT_CROP, device), data
+    return start_from_donor(space, request.donor, data, DEFAULT_CROP), data
 
 
 def _train(
@@ -167,6 +167,16 @@ def _train(
     plan: _Plan,
     run_dir: Path,
 ) -> _Trained:
+    if request.donor is not None:
+        load_whole_donor(
+            terminal,
+            space,
+            request.donor,
+            plan.data,
+            plan.start,
+            device=processes.device,
+            workers=config.workers,
+        )
     teacher = None
     if plan.teacher is not None:
         teacher = load_teacher(

@@ -102,6 +102,16 @@ def test_a_row_a_report_under_one_heading(copied):
     assert sum(words[:1] == ["epoch"] for words in lines) == 1
 
 
+def test_a_whole_donor_is_fitted_once_and_not_for_a_run_that_is_there(copied):
+    line = "finetune --donor demo__resnext --data demo --steps 1 --workers 1 --name whole"
+    first = copied(*line.split())
+    assert first.code == 0
+    assert "fitting demo__resnext" in first.stderr
+    again = copied(*line.split())
+    assert "the run 'whole' is up to date" in again.stdout
+    assert "fitting" not in again.stderr
+
+
 # the teacher
 
 
