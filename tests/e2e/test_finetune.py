@@ -295,6 +295,9 @@ def test_other_options_do_not_resume(copied, stopped):
     error = refused(copied, f"{RUN} --name parts --resume --scratch", 2)
     assert "came of another start: " in error["message"]
     assert ", from scratch" in error["message"]
+    error = refused(copied, "--teacher runs/parts --name taught", 4)
+    assert error["message"].startswith("no assembly or finished run in ")
+    assert error["hint"] == "dery finetune --name parts --resume"
     error = refused(copied, f"{RUN} --name never --resume", 2)
     assert "holds no checkpoint to resume from" in error["message"]
 
