@@ -69,13 +69,6 @@ class FinetuneResult:
     best_dir: Path | None
     last_dir: Path
 
-    def to_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
-        data["history"] = list(self.history)
-        data["best_dir"] = self.best_dir and self.best_dir.name
-        data["last_dir"] = self.last_dir.name
-        return data
-
 
 def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     """Whether a report's top-1, then its loss, is better than the best one's, if there is one."""

@@ -152,14 +152,6 @@ class FinetuneConfig:
         data = dataclasses.asdict(self)
         return {key: list(v) if isinstance(v, tuple) else v for key, v in data.items()}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FinetuneConfig:
-        _known_fields(data)
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
-        return cls(**fields)
-
 
 NUMBERS_DO_NOT_DEPEND_ON = ("workers",)
 """Fields a resumed run may change."""
