@@ -197,7 +197,9 @@ def find_record(path: Path) -> tuple[Path, str]:
             return path / name, kind
         if path.name == name and path.is_file():
             return path, kind
-    raise StaleError(f"no assembly or finished run in {path}", ASSEMBLE_HINT)
+    begun = any(path.glob("last-*"))  # a run's checkpoints
+    hint = f"dery finetune --name {path.name} --resume" if begun else ASSEMBLE_HINT
+    raise StaleError(f"no assembly or finished run in {path}", hint)
 
 
 def load_assembly(path: str | Path) -> LoadedAssembly:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.assembly_store import MODEL_FILE, save_network
 from dery_cli.data import DEFAULT_CROP, DataSet, open_checked
+from dery_cli.errors import DeryError
 from dery_cli.finetuning import (
     Splits,
     Start,
+    load_whole_donor,
     make_splits,
     start_from_assembly,
     start_from_donor,
@@ -24,8 +27,9 @@ from dery_cli.teacher import LoadedTeacher, TeacherChoice, choose_teacher, load_
 from dery_cli.terminal import GrowingTable, Terminal
 from dery_cli.training.evaluate import EvalResult, evaluate
 from dery_cli.training.loop import finetune
+from dery_cli.training.optim import make_optimizer, parameter_groups
 from dery_cli.training.plan import make_plan
-from dery_cli.training.progress import FinetuneResult, Progress
+from dery_cli.training.progress import CALMER, FinetuneResult, Progress
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.request import MIN_IMAGES_TO_CHOOSE_ON, FinetuneRequest
 from dery_cli.training.tensorboard import Curves
@@ -49,7 +53,7 @@ def fine_tune(
     with open_processes(device, torch.get_num_threads()) as processes:
         path = space.run(request.run_name) / "run.json"
         with processes.united():
-            plan = _prepare(terminal, space, request, config, processes.device)
+            plan = _prepare(terminal, space, request, config, processes)
             found = None if request.resume else unchanged(path, plan.record)
             trained = None
             if found is None:
@@ -73,6 +77,7 @@ class _Plan:
         start: The network.
         data: The target.
         splits: Its images in three parts.
+        steps: Updates in all.
         classes: Class names in label order.
         teacher: To learn from, or None.
         record: What the run's record will be, its data left out.
@@ -81,6 +86,7 @@ class _Plan:
     start: Start
     data: DataSet
     splits: Splits
+    steps: int
     classes: tuple[str, ...]
     teacher: TeacherChoice | None
     record: Artifact
@@ -106,13 +112,16 @@ def _prepare(
     space: Workspace,
     request: FinetuneRequest,
     config: FinetuneConfig,
-    device: torch.device,
+    processes: Processes,
 ) -> _Plan:
-    start, data = _open(terminal, space, request, config, device)
+    start, data = _open(terminal, space, request, config)
     fraction = request.valid_fraction
     if fraction is None:
         fraction = 0.2 if len(data.train) >= MIN_IMAGES_TO_CHOOSE_ON else 0.0
     splits = make_splits(data, start, config, fraction)
+    # what the loop would refuse is refused now: comparing teachers takes its time
+    steps = make_plan(config, len(splits.kept), processes=processes.count).steps
+    make_optimizer(parameter_groups(start.assembly.network, config), config)
     classes = start.assembly.classes
     assert classes is not None
     teacher = None
@@ -122,6 +131,7 @@ def _prepare(
         start=start,
         data=data,
         splits=splits,
+        steps=steps,
         classes=classes,
         teacher=teacher,
         record=run_artifact(start, splits, config, teacher),
@@ -133,7 +143,6 @@ def _open(
     space: Workspace,
     request: FinetuneRequest,
     config: FinetuneConfig,
-    device: torch.device,
 ) -> tuple[Start, DataSet]:
     """The network to start from, and the target."""
     skip_bad = request.skip_bad
@@ -146,7 +155,7 @@ def _open(
         return start, open_checked(terminal, request.data or target["target"], skip_bad=skip_bad)
     assert request.data is not None
     data = open_checked(terminal, request.data, skip_bad=skip_bad)
-    return start_from_donor(space, request.donor, data, DEFAULT_CROP, device), data
+    return start_from_donor(space, request.donor, data, DEFAULT_CROP), data
 
 
 def _train(
@@ -158,6 +167,16 @@ def _train(
     plan: _Plan,
     run_dir: Path,
 ) -> _Trained:
+    if request.donor is not None:
+        load_whole_donor(
+            terminal,
+            space,
+            request.donor,
+            plan.data,
+            plan.start,
+            device=processes.device,
+            workers=config.workers,
+        )
     teacher = None
     if plan.teacher is not None:
         teacher = load_teacher(
@@ -173,10 +192,9 @@ def _train(
         )
     before = _score(plan, config, processes.device) if processes.main else None
     processes.share(None)  # the others wait for the score, however long it takes
-    steps = make_plan(config, len(plan.splits.kept), processes=processes.count).steps
     curves = Curves(run_dir) if request.tensorboard and processes.main else None
     table = _table(terminal, validated=plan.splits.valid is not None)
-    with terminal.progress("fine-tuning", steps) as bar:
+    with terminal.progress("fine-tuning", plan.steps) as bar:
 
         def advance(now: Progress) -> None:
             note = "" if now.loss is None else f"loss {now.loss:.3f}"
@@ -197,6 +215,10 @@ def _train(
             resume=request.resume,
             teacher=None if teacher is None else teacher.module,
             teacher_identity="" if teacher is None else teacher.identity,
+            origin={
+                "start": f"{plan.start.name} {plan.start.parent[:16]}",
+                "data": plan.splits.digest[:16],
+            },
             progress=advance,
             warn=terminal.warn,
         )
@@ -222,9 +244,20 @@ def _score(plan: _Plan, config: FinetuneConfig, device: torch.device) -> EvalRes
 def _write(
     path: Path, plan: _Plan, config: FinetuneConfig, processes: Processes, trained: _Trained
 ) -> Artifact:
-    """Score the best weights on the test images, and write the run's artifact."""
+    """Score the best weights on the test images, and write the run's artifact.
+
+    Raises:
+        DeryError: The network's loss is not finite, or the files cannot be written.
+    """
     before, result, teacher = trained.before, trained.result, trained.teacher
     after, source = _score(plan, config, processes.device), plan.start.assembly.record.data
+    test_loss = None if after is None else after.loss
+    losses = {"validation": result.best.get("valid_loss"), "test": test_loss}
+    for what, loss in losses.items():
+        if loss is not None and not math.isfinite(loss):  # though the weights are finite
+            raise DeryError(
+                f"after {result.steps} updates the loss on the {what} images is {loss}", CALMER
+            )
     data: dict[str, Any] = {
         "network": source["network"],
         "start": plan.start.name,
@@ -241,7 +274,7 @@ def _write(
         },
         "test_top1_before": None if before is None else before.top1,
         "test_top1": None if after is None else after.top1,
-        "test_loss": None if after is None else after.loss,
+        "test_loss": test_loss,
         "test_images": None if after is None else after.images,
     }
     if teacher is not None:
@@ -250,9 +283,12 @@ def _write(
             "sha256": teacher.sha256,
             "probe_accuracy": teacher.accuracy,
         }
-    with transaction(path) as work:
-        save_network(work.path(MODEL_FILE), plan.start.assembly.network)
-        done = work.commit(dataclasses.replace(plan.record, data=data))
+    try:
+        with transaction(path) as work:
+            save_network(work.path(MODEL_FILE), plan.start.assembly.network)
+            done = work.commit(dataclasses.replace(plan.record, data=data))
+    except DeryError as error:  # it says to rerun, which would begin anew
+        raise DeryError(error.message, "free some space and go on with --resume") from error
     write_log(
         path.with_name(LOG_FILE),
         {

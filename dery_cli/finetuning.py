@@ -25,6 +25,7 @@ from dery_cli.data import DataSet, ImageDataset, fingerprint, stratified_holdout
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.loading import ImageBatches, as_dataset
 from dery_cli.reassembly import whole_cost, whole_model
+from dery_cli.terminal import Terminal
 from dery_cli.training.augment import train_transform
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.types import Donor
@@ -140,10 +141,10 @@ def whole_donor(
     return WholeDonor(donor=donor, network=network, accuracy=classifier.accuracy)
 
 
-def start_from_donor(
-    workspace: Workspace, name: str, data: DataSet, crop: float, device: torch.device
-) -> Start:
-    """A whole donor with a closed-form head for the target: the control an assembly has to beat.
+def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float) -> Start:
+    """A whole donor with a head for the target: the control an assembly has to beat.
+
+    Its weights are random until ``load_whole_donor``, which is not needed for a run that is there.
 
     Raises:
         UsageError: No such donor, or data without labels.
@@ -151,8 +152,6 @@ def start_from_donor(
     zoo = require_zoo(workspace)
     donor = zoo[name]
     check_labelled(data)
-    everything = range(len(data.train))
-    whole = whole_donor(workspace, donor, data, everything, crop=crop, device=device)
     assert data.classes is not None
     cost = whole_cost(zoo, name, len(data.classes))
     record = Artifact(
@@ -173,8 +172,37 @@ def start_from_donor(
             "target": data.spec,
         },
     )
-    assembly = loaded(whole.network.cpu(), record)
+    assembly = loaded(build_network(record.data["network"]), record)
     return Start(assembly=assembly, parent=record.sha256, name=f"whole {name}")
+
+
+def load_whole_donor(
+    terminal: Terminal,
+    workspace: Workspace,
+    name: str,
+    data: DataSet,
+    start: Start,
+    *,
+    device: torch.device,
+    workers: int,
+) -> None:
+    """Give the network of ``start_from_donor`` the donor's weights, and a closed-form head.
+
+    Raises:
+        DeryError: The weights changed, or the features are not finite.
+    """
+    with terminal.progress(f"fitting {name}", len(data.train)) as bar:
+        whole = whole_donor(
+            workspace,
+            require_zoo(workspace)[name],
+            data,
+            range(len(data.train)),
+            crop=start.assembly.transform.crop,
+            device=device,
+            workers=workers,
+            advance=bar.advance,
+        )
+    start.assembly.network.load_state_dict(whole.network.state_dict())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

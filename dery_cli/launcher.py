@@ -31,6 +31,11 @@ def on_cpus() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
+def precision() -> str | None:
+    """What ``accelerate launch --mixed_precision`` asked for, or None without it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION") or None
+
+
 def alone_by_mistake() -> str | None:
     """A warning where several processes were asked for and one was started.
 

@@ -142,7 +142,7 @@ LayerDecayOption = Annotated[
     _option(
         RATES,
         "--layer-decay",
-        help="Further factor a layer of the blocks, counted back from the head; 1 is none.",
+        help="Further factor a residual block or the like, from the head back; 1 is none.",
     ),
 ]
 
@@ -218,7 +218,10 @@ TensorboardOption = Annotated[
     ),
 ]
 MixedPrecisionOption = Annotated[
-    str | None, _option(RUN, "--mixed-precision", help=f"{', '.join(PRECISIONS)}.")
+    str | None,
+    _option(
+        RUN, "--mixed-precision", help=f"{', '.join(PRECISIONS)}; a launcher's choice by default."
+    ),
 ]
 WorkspaceOption = Annotated[Path | None, _shared(shared.WorkspaceOption, RUN)]
 SeedOption = Annotated[int, _shared(shared.SeedOption, RUN)]

@@ -10,7 +10,7 @@ import typer
 from dery_cli.commands import _finetune_options as opt
 from dery_cli.commands._options import Result, command, open_workspace
 from dery_cli.config import show_count
-from dery_cli.launcher import alone_by_mistake
+from dery_cli.launcher import alone_by_mistake, precision
 from dery_cli.terminal import Terminal
 from dery_cli.training.recipe import make_config
 from dery_cli.training.request import FinetuneRequest, check_distillation
@@ -102,7 +102,7 @@ def finetune(
         distill_logits=distill_logits,
         distill_temperature=distill_temperature,
         distill_features=distill_features,
-        mixed_precision=mixed_precision,
+        mixed_precision=mixed_precision or precision(),
         seed=seed,
         workers=workers,
         report_every=report_every,

@@ -17,7 +17,8 @@ class Block(nn.Module):
     """The stretch of a donor between two nodes, with the donor's modules under their own names.
 
     ``forward(x)`` takes the tensor of the first node and returns that of the last. Parameters,
-    buffers and submodules are the donor's own objects until the block is deep-copied.
+    buffers and submodules are the donor's own objects until the block is deep-copied. ``units`` is
+    the donor's unit that each parameter belongs to, by name.
     """
 
     def __init__(
@@ -28,12 +29,14 @@ class Block(nn.Module):
         finish: Finish,
         *,
         copy_input: bool,
+        units: Mapping[str, int] | None = None,
         reorder: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> None:
         super().__init__()
         self._steps = with_drops(steps, finish.values)
         self._source, self._finish, self._copy_input = source, finish, copy_input
         self._enter_order, self._leave_order = reorder
+        self.units = units or {}
         _borrow(self, model, self._steps)
         self.training = model.training
 

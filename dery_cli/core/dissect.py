@@ -87,6 +87,7 @@ class Dissection:
             plan.finish[start].values[0],
             finish,
             copy_input=plan.changed[start],
+            units={name: max(unit, start + 1) for name, unit in plan.units.items()},
             reorder=(_into(plan.orders[start]), _out_of(plan.orders[stop])),
         )
 
@@ -293,6 +294,7 @@ class _Plan:
             for param in block.parameters():
                 owned.setdefault(id(param), []).append(unit)
                 sizes[id(param)] = param.numel()
+        self.units = {names[key]: units[0] for key, units in owned.items()}
         params = [0] * (total + 1)
         shared: dict[tuple[int, ...], int] = {}
         for key, units in owned.items():

@@ -35,7 +35,7 @@ def make_accelerator(config: FinetuneConfig, device: str | torch.device | None) 
     # Accelerate keeps one state a process: an earlier run may have had another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=launched_on_cpus() if chosen is None else chosen.type == "cpu",
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.grad_accum,
@@ -48,6 +48,10 @@ def make_accelerator(config: FinetuneConfig, device: str | torch.device | None) 
             f"cannot train on {device or 'this device'} in {config.mixed_precision}: {error}",
             "use --mixed-precision no",
         ) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would compute in fp32 and not say so
+        raise UsageError("there is no training in fp16 on a CPU", "use --mixed-precision bf16")
+    return accelerator
 
 
 @contextlib.contextmanager

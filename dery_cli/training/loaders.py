@@ -43,9 +43,11 @@ def train_loader(
 def valid_loader(
     accelerator: Accelerator, dataset: Dataset[Any], plan: Plan, config: FinetuneConfig
 ) -> Any:
-    """The validation images in order, this process's part of each batch."""
-    processes = accelerator.num_processes
-    size = max(2 * plan.batch_size // processes, 1) * processes
+    """The validation images in order, this process's part of each batch.
+
+    Twice the images of a micro-batch: that many fit where there are gradients as well.
+    """
+    size = 2 * plan.micro_batch
     return accelerator.prepare_data_loader(
         DataLoader(Items(dataset), batch_size=size, **_options(accelerator, config))
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def finetune(
     resume: bool = False,
     teacher: nn.Module | None = None,
     teacher_identity: str = "unnamed",
+    origin: Mapping[str, str] = MappingProxyType({}),
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     warn: Callable[[str], None] = warnings.warn,
@@ -77,6 +79,8 @@ def finetune(
         resume: Go on from the last checkpoint.
         teacher: Network to learn from, shown the same images (see ``Teacher``).
         teacher_identity: Which it is; a run is resumed with the same one only.
+        origin: What else a resumed run has to have in common with the one begun, by name: hashes of
+            the network it started from, of the images.
         progress: Called after every update, in the main process.
         stop: Asked between updates; True saves a checkpoint and returns.
         warn: Told, in one line each, what the user should know of the run.
@@ -93,7 +97,14 @@ def finetune(
     check_head(model, len(classes))
     accelerator = make_accelerator(config, device)
     required = {name: p.requires_grad for name, p in model.named_parameters()}
-    identity = None if teacher is None else teacher_identity
+    identity = run_identity(
+        config,
+        classes,
+        labels_of(train),
+        images=len(train),  # type: ignore[arg-type]
+        teacher=None if teacher is None else teacher_identity,
+        origin=origin,
+    )
     alone = accelerator.num_processes == 1
     with random_state_kept(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # DDP's own
@@ -126,7 +137,7 @@ class _Run:
         run_dir: Path,
         classes: Sequence[str],
         teacher: nn.Module | None,
-        teacher_identity: str | None,
+        identity: dict[str, Any],
         warn: Callable[[str], None],
     ) -> None:
         self.accelerator = accelerator
@@ -162,13 +173,7 @@ class _Run:
         # Accelerate's wrapper looks packages up at every step; it is needed to unscale fp16 only.
         scaled = accelerator.scaler is not None
         self.optimizer = accelerator.prepare_optimizer(optimizer) if scaled else optimizer
-        self.identity = run_identity(
-            config,
-            classes,
-            labels_of(train),
-            images=self.plan.images,
-            teacher=teacher_identity,
-        )
+        self.identity = identity
         self.valid_loader = (
             None if valid is None else valid_loader(accelerator, valid, self.plan, config)
         )

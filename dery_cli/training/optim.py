@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -16,11 +15,6 @@ from dery_cli.errors import UsageError
 from dery_cli.training.plan import Phase, warmup_updates
 from dery_cli.training.recipe import FinetuneConfig
 
-EMBEDDINGS = frozenset(
-    ("cls_token", "dist_token", "pos_embed", "reg_token", "relative_position_bias_table")
-)
-"""Parameters of several dimensions that weight decay would only pull towards nothing."""
-
 
 def is_block(name: str) -> bool:
     """Whether a parameter or buffer belongs to a donor's block."""
@@ -28,29 +22,27 @@ def is_block(name: str) -> bool:
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay acts on a parameter: not on norms, biases and embeddings."""
-    last = name.rpartition(".")[2]
-    return parameter.ndim > 1 and not last.endswith("bias") and last not in EMBEDDINGS
+    """Whether weight decay acts on a parameter: not on norms, biases and embeddings.
+
+    These have one dimension, or a name of their own (``pos_embed``, ``class_token``,
+    ``layer_scale``, a stitch's ``position``), where weights are called ``weight``.
+    """
+    return parameter.ndim > 1 and "weight" in name.rpartition(".")[2]
 
 
-def layer_scales(names: list[str], decay: float) -> dict[str, float]:
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Learning rate factor of each block parameter: ``decay`` to the layers up to the head.
 
-    A layer is what shares a name up to the last number among its first four parts after
-    ``blocks.<k>`` (``layer2.0``, ``stages.0.blocks.1``), or its first two parts (``s2.b1``), in
-    the order the model lists its parameters.
+    A layer is a donor's unit, stem and last norm belonging to the first and the last one; a block
+    that does not tell its ``units`` is one layer.
     """
-    layers: dict[str, int] = {}
-    layer_by_name = {}
-    for name in filter(is_block, names):
-        layer_by_name[name] = layers.setdefault(_layer_key(name), len(layers))
-    return {name: decay ** (len(layers) - layer) for name, layer in layer_by_name.items()}
-
-
-def _layer_key(name: str) -> str:
-    stage, parts = name.split(".")[:2], name.split(".")[2:]
-    numbers = [i for i, part in enumerate(parts[:4]) if re.fullmatch(r"\d+", part)]
-    return ".".join(stage + parts[: numbers[-1] + 1 if numbers else 2])
+    layers: dict[str, tuple[int, int]] = {}
+    for index, block in enumerate(getattr(model, "blocks", ())):
+        units = getattr(block, "units", {})
+        for name, _ in block.named_parameters():
+            layers[f"blocks.{index}.{name}"] = (index, units.get(name, 0))
+    depths = {layer: depth for depth, layer in enumerate(sorted(set(layers.values())))}
+    return {name: decay ** (len(depths) - depths[layer]) for name, layer in layers.items()}
 
 
 def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -68,7 +60,7 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
         raise UsageError(
             f"--mode {config.mode} leaves no parameter to train", "use --mode full, or add a head"
         )
-    scales = layer_scales([name for name, _ in named], config.layer_decay)
+    scales = layer_scales(model, config.layer_decay)
     own = getattr(model, "no_weight_decay", None)
     skip = own() if callable(own) else ()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -84,21 +76,30 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
     return list(groups.values())
 
 
+UNSUITABLE = {
+    "adahessian": "needs second derivatives, which the loop does not compute",
+    "kron": "keeps a state that a checkpoint cannot hold",
+}
+"""Optimizers of timm, by the beginnings of their names, that a run cannot use."""
+
+
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.optim.Optimizer:
     """The optimizer timm has by that name, over the groups.
 
     Raises:
-        UsageError: timm knows no such optimizer.
+        UsageError: timm knows no such optimizer, or it cannot be used here.
     """
+    name, hint = config.optimizer, "for example adamw, sgd, lamb, lion"
+    for beginning, reason in UNSUITABLE.items():
+        if name.lower().removeprefix("lookahead_").startswith(beginning):
+            raise UsageError(f"the optimizer {name!r} {reason}", hint)
     bare = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     try:
-        return create_optimizer_v2(
-            bare, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
-        )
+        return create_optimizer_v2(bare, opt=name, lr=config.lr, weight_decay=config.weight_decay)
     except ValueError as error:
-        raise UsageError(
-            f"timm has no optimizer {config.optimizer!r}", "for example adamw, sgd, lamb, lion"
-        ) from error
+        raise UsageError(f"timm has no optimizer {name!r}", hint) from error
+    except (AssertionError, ImportError) as error:  # APEX's and bitsandbytes' want CUDA
+        raise UsageError(f"the optimizer {name!r} cannot be used here: {error}", hint) from error
 
 
 def make_scheduler(

@@ -69,13 +69,6 @@ class FinetuneResult:
     best_dir: Path | None
     last_dir: Path
 
-    def to_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
-        data["history"] = list(self.history)
-        data["best_dir"] = self.best_dir and self.best_dir.name
-        data["last_dir"] = self.last_dir.name
-        return data
-
 
 def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     """Whether a report's top-1, then its loss, is better than the best one's, if there is one."""
@@ -86,12 +79,15 @@ def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     return math.isfinite(loss) and (higher or not math.isfinite(best_loss))
 
 
+CALMER = "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed"
+
+
 def diverged(run_dir: Path, what: str, step: int, steps: int) -> DeryError:
     """What a loss or weights that are not finite are answered with."""
     last = find_checkpoint(run_dir, "last")
     return DeryError(
         f"{what} at update {step} of {steps}; the last good checkpoint is {last}",
-        "try a lower --lr, or --block-lr-scale 0.1, or --batch-norm fixed",
+        CALMER,
         details={"step": step, "checkpoint": None if last is None else str(last)},
     )
 

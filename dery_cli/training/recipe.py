@@ -33,7 +33,8 @@ class FinetuneConfig:
         optimizer: A name timm's optimizer factory knows.
         lr: Peak learning rate of stitches and head.
         block_lr_scale: Learning rate of the blocks as a factor of ``lr``.
-        layer_decay: Further factor per layer of the blocks, counted back from the head; 1 is none.
+        layer_decay: Further factor per donor's unit of the blocks, counted back from the head; 1 is
+            none.
         weight_decay: Of weights of two and more dimensions; norms, biases and embeddings get none.
         warmup: Share of the updates during which the learning rate rises linearly.
         min_lr: Learning rate the cosine ends at.
@@ -102,7 +103,7 @@ class FinetuneConfig:
             _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(
-                f"give either epochs or steps, not {'both' if self.epochs else 'neither'}",
+                f"give either epochs or steps, not {'neither' if self.epochs is None else 'both'}",
                 "for example --epochs 100, or --steps 150",
             )
         for name in ("epochs", "steps", "batch_size", "grad_accum", "report_every"):
@@ -113,8 +114,9 @@ class FinetuneConfig:
             _above_zero(name, getattr(self, name))
         for name in ("block_lr_scale", "weight_decay", "min_lr", "mixup", "cutmix"):
             _not_negative(name, getattr(self, name))
-        for name in ("distill_features", "seed", "workers"):
+        for name in ("distill_features", "workers"):
             _not_negative(name, getattr(self, name))
+        _within("seed", self.seed, 0, 2**63 - 1)  # what torch takes
         for name in ("hflip", "distill_logits"):
             _within(name, getattr(self, name), 0.0, 1.0)
         _within("layer_decay", self.layer_decay, 0.0, 1.0)
@@ -149,14 +151,6 @@ class FinetuneConfig:
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         return {key: list(v) if isinstance(v, tuple) else v for key, v in data.items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FinetuneConfig:
-        _known_fields(data)
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-        }
-        return cls(**fields)
 
 
 NUMBERS_DO_NOT_DEPEND_ON = ("workers",)

@@ -87,7 +87,11 @@ class Trained:
 def pack_optimizer(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state dict: tensors as ``<parameter index>.<key>``, the rest as JSON."""
+    """An optimizer's state dict: tensors by dotted names, the rest as JSON.
+
+    Tensors of its state are ``<parameter index>.<key>``, those of its groups (LAMB counts its steps
+    there) ``group.<group index>.<key>``. A type is an option that the optimizer has anyway.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
@@ -95,7 +99,15 @@ def pack_optimizer(
         for key, value in entries.items():
             where = tensors if isinstance(value, torch.Tensor) else plain
             where[f"{index}.{key}"] = value
-    return tensors, {"plain": plain, "param_groups": state["param_groups"]}
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(state["param_groups"]):
+        groups.append({})
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"group.{index}.{key}"] = value
+            elif not isinstance(value, torch.dtype):
+                groups[-1][key] = value
+    return tensors, {"plain": plain, "param_groups": groups}
 
 
 def unpack_optimizer(
@@ -105,14 +117,22 @@ def unpack_optimizer(
 ) -> None:
     """Load what ``pack_optimizer`` gave; tuples that JSON made lists become tuples again."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **data["plain"]}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in data["param_groups"]
-    ]
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, data["param_groups"], strict=True):
+        for key, value in saved.items():
+            group[key] = tuple(value) if isinstance(value, list) and key != "params" else value
+    for name, value in {**tensors, **data["plain"]}.items():
+        index, _, key = name.partition(".")
+        if index == "group":
+            index, _, key = key.partition(".")
+            groups[int(index)][key] = value
+        else:
+            state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for index, own in optimizer.state_dict()["state"].items():
+        for key, value in state[index].items():
+            if isinstance(value, torch.Tensor):  # torch gave it the parameter's type
+                own[key] = own[key].to(value.dtype)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
@@ -149,6 +169,7 @@ def run_identity(
     *,
     images: int,
     teacher: str | None,
+    origin: Mapping[str, str],
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run.
 
@@ -158,6 +179,7 @@ def run_identity(
         labels: Of the training images, or None where the data do not tell them.
         images: Training images.
         teacher: Which it is, or None.
+        origin: What the run comes of, by name.
     """
     text = json.dumps(None if labels is None else list(labels))
     return {
@@ -166,11 +188,12 @@ def run_identity(
         "images": images,
         "labels_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "teacher": teacher,
+        "origin": dict(origin),
     }
 
 
 def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to resume with other data, another teacher or other options than the checkpoint's.
+    """Refuse to resume with other data, start, teacher or options than the checkpoint's.
 
     Raises:
         UsageError: Names the first that differs, with both values.
@@ -181,6 +204,12 @@ def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
                 f"{folder} was trained with other data: {what} {_short(saved[what])}, "
                 f"now {_short(own[what])}",
                 "resume with the same data, or leave out --resume",
+            )
+    for what, value in own["origin"].items():
+        if (before := saved.get("origin", {}).get(what)) != value:
+            raise UsageError(
+                f"{folder} came of another {what}: {before}, now {value}",
+                "resume what was begun, or leave out --resume",
             )
     if saved["teacher"] != own["teacher"]:
         raise UsageError(

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from dery_cli import finetune_stage
 from dery_cli.core.probe import fit_classifier
 from dery_cli.data import EvalTransform, open_data, stratified_holdout
 from dery_cli.training import checkpoint as ckpt
@@ -101,6 +102,16 @@ def test_a_row_a_report_under_one_heading(copied):
     assert sum(words[:1] == ["epoch"] for words in lines) == 1
 
 
+def test_a_whole_donor_is_fitted_once_and_not_for_a_run_that_is_there(copied):
+    line = "finetune --donor demo__resnext --data demo --steps 1 --workers 1 --name whole"
+    first = copied(*line.split())
+    assert first.code == 0
+    assert "fitting demo__resnext" in first.stderr
+    again = copied(*line.split())
+    assert "the run 'whole' is up to date" in again.stdout
+    assert "fitting" not in again.stderr
+
+
 # the teacher
 
 
@@ -185,6 +196,29 @@ def test_teachers_that_are_refused(copied, tmp_path):
 # bad input
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--batch-size 15 --grad-accum 2", "a batch of 15 does not divide"),
+        ("--optimizer adamx", "timm has no optimizer 'adamx'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_teachers_are_compared(copied, line, text):
+    outcome = copied("finetune", "--teacher", "best", "--name", "x", *line.split())
+    assert outcome.code == 2
+    assert text in outcome.stderr
+    assert "comparing teachers" not in outcome.stderr
+
+
+def test_a_launchers_precision_is_the_runs(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    tune(copied, "--steps 1 --name half")
+    assert record(tmp_path / "ws", "half")["options"]["mixed_precision"] == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    error = refused(copied, "--steps 1 --name half --resume", 2)
+    assert "was trained with mixed_precision bf16, now no" in error["message"]
+
+
 @pytest.fixture
 def stopped(copied, tmp_path, monkeypatch):
     """A run of 8 updates that met a full disk at the sixth."""
@@ -217,6 +251,19 @@ def test_after_a_full_disk_the_run_goes_on_to_the_same_bytes(copied, tmp_path, s
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_a_disk_that_is_full_at_the_very_end_does_not_cost_the_run(copied, tmp_path, monkeypatch):
+    def full(path, network):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(finetune_stage, "save_network", full)
+    error = refused(copied, "--steps 2 --name parts", 1)
+    monkeypatch.undo()
+    assert "no space left on the disk" in error["message"]
+    assert "--resume" in error["hint"]
+    monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is left to train
+    tune(copied, "--steps 2 --name parts --resume")
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -245,6 +292,12 @@ def test_a_damaged_checkpoint_is_not_resumed(copied, stopped, damage, text):
 def test_other_options_do_not_resume(copied, stopped):
     error = refused(copied, f"{RUN} --name parts --resume --lr 0.1", 2)
     assert "was trained with lr 0.003, now 0.1" in error["message"]
+    error = refused(copied, f"{RUN} --name parts --resume --scratch", 2)
+    assert "came of another start: " in error["message"]
+    assert ", from scratch" in error["message"]
+    error = refused(copied, "--teacher runs/parts --name taught", 4)
+    assert error["message"].startswith("no assembly or finished run in ")
+    assert error["hint"] == "dery finetune --name parts --resume"
     error = refused(copied, f"{RUN} --name never --resume", 2)
     assert "holds no checkpoint to resume from" in error["message"]
 
@@ -263,6 +316,15 @@ def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(copied, t
     assert f"at update {step} of 9" in error["message"]
     assert error["details"]["checkpoint"].endswith(f"last-{step - 1:06d}")
     assert ckpt.load_checkpoint(tmp_path / "ws" / "runs" / "wild" / f"last-{step - 1:06d}")
+
+
+@pytest.mark.parametrize(("fraction", "what"), [("0", "test"), ("0.2", "validation")])
+def test_finite_weights_whose_loss_is_not_are_no_result(copied, tmp_path, fraction, what):
+    line = f"--steps 1 --lr 1e30 --clip-grad 0 --warmup 0 --valid-fraction {fraction} --name wild"
+    error = refused(copied, line, 1)
+    assert error["message"].startswith(f"after 1 updates the loss on the {what} images is ")
+    assert "--lr" in error["hint"]
+    assert not (tmp_path / "ws" / "runs" / "wild" / "run.json").exists()
 
 
 def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):

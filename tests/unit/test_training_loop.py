@@ -22,7 +22,7 @@ from tests.unit.training_standins import CLASSES, Assembly, Noisy, images, lines
 def run(tmp_path, model=None, train=None, valid="same", **changes):
     options = {
         name: changes.pop(name)
-        for name in ("resume", "progress", "stop", "teacher", "classes")
+        for name in ("resume", "progress", "stop", "teacher", "classes", "origin")
         if name in changes
     }
     settings = {"steps": 12, "batch_size": 16, "report_every": 4, **changes}
@@ -162,6 +162,9 @@ STOPPED_AT = [
     (1, {"mode": "frozen", "mixed_precision": "bf16"}),
     (0, {"valid": None}),
     (8, {"batch_norm": "fixed", "make": pretrained}),
+    (5, {"optimizer": "lamb"}),  # counts its steps in a tensor of its groups
+    (5, {"optimizer": "adafactorbv"}),  # has momentum in bfloat16, and a type among its options
+    (7, {"optimizer": "lookahead_adamw"}),
 ]
 
 
@@ -349,6 +352,7 @@ def test_two_runs_on_one_folder(tmp_path):
         ({"lr": 0.5}, "was trained with lr 0.001, now 0.5"),
         ({"train": images(60)}, "was trained with other data: images 90, now 60"),
         ({"classes": ("x", "y", "z")}, "was trained with other data: classes"),
+        ({"origin": {"start": "b"}}, "came of another start: None, now b"),
         (
             {"train": TensorDataset(images().tensors[0], images().tensors[1].flip(0))},
             "was trained with other data: labels_sha256",
@@ -376,6 +380,20 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(DeryError, match=r"optimizer\.safetensors was altered or cut short"):
         run(tmp_path, resume=True)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    """Accelerate computes in fp32 there and does not say so."""
+    with pytest.raises(UsageError, match="no training in fp16 on a CPU"):
+        run(tmp_path / "run", mixed_precision="fp16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulation_bounds_the_images_at_once_in_validation_too(tmp_path):
+    model, sizes = Assembly(), []
+    model.head.register_forward_hook(lambda head, x, _: sizes.append(len(x[0])))
+    run(tmp_path, model, grad_accum=4, ema_decay=None)
+    assert max(sizes) == 2 * 16 // 4
 
 
 def test_the_precision_of_one_run_does_not_stick_to_the_next(tmp_path):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import pytest
+import timm
 import torch
+import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from dery_cli import dissect
+from dery_cli.core.network import AssembledNetwork
+from dery_cli.core.stitch import Stitch
 from dery_cli.errors import UsageError
 from dery_cli.training import optim
 from dery_cli.training.plan import learning_rate, make_plan
 from dery_cli.training.recipe import FinetuneConfig
+from dery_cli.types import Layout, Node
 from tests.unit.training_standins import Assembly, same
 
 
@@ -22,12 +31,26 @@ def groups_of(model, **changes):
 def test_norms_biases_and_embeddings_get_no_weight_decay():
     model = Assembly()
     model.blocks[0].pos_embed = nn.Parameter(torch.zeros(1, 4, 8))
-    model.stitches["1"].position_bias = nn.Parameter(torch.zeros(4, 8))
+    model.blocks[0].class_token = nn.Parameter(torch.zeros(1, 1, 8))  # torchvision's ViT
+    model.blocks[1].layer_scale = nn.Parameter(torch.ones(8, 1, 1))  # torchvision's ConvNeXt
+    model.blocks[1].attention_biases = nn.Parameter(torch.ones(8, 4))  # LeViT
     groups = groups_of(model, weight_decay=0.3)
     assert groups.keys() == {name for name, _ in model.named_parameters()}
     decayed = {name for name, group in groups.items() if group["weight_decay"] == 0.3}
     assert decayed == {"blocks.0.0.weight", "blocks.1.0.weight", "stitches.1.weight", "head.weight"}
     assert {g["weight_decay"] for n, g in groups.items() if n not in decayed} == {0.0}
+
+
+def test_a_stitchs_bias_a_position_gets_no_weight_decay():
+    grid = Node(index=1, name="", layout=Layout.NCHW, shape=(4, 6, 6), grid=(6, 6))
+    tokens = Node(
+        index=1, name="", layout=Layout.NLC, shape=(10, 8), grid=(3, 3), num_prefix_tokens=1
+    )
+    stitch = Stitch(grid, tokens)
+    assert {name for name, p in stitch.named_parameters() if optim.decays(name, p)} == {
+        "channels.weight",
+        "prefix.weight",
+    }
 
 
 def test_what_a_model_itself_excludes_from_weight_decay_is_respected():
@@ -42,17 +65,47 @@ def test_blocks_have_a_rate_of_their_own():
     assert {g["lr_scale"] for n, g in groups.items() if not n.startswith("blocks.")} == {1.0}
 
 
-def test_layer_decay_counts_layers_back_from_the_head():
-    names = [
-        "blocks.0.patch_embed.proj.weight",
-        "blocks.0.layer1.0.conv1.weight",
-        "blocks.0.layer1.0.bn1.weight",
-        "blocks.0.s2.b1.conv1.conv.weight",
-        "blocks.2.stages.1.blocks.0.mlp.fc1.weight",
-        "stitches.1.weight",
-    ]
-    scales = optim.layer_scales(names, 0.5)
-    assert scales == dict(zip(names[:5], [1 / 16, 1 / 8, 1 / 8, 1 / 4, 1 / 2], strict=True))
+@pytest.mark.parametrize(
+    ("build", "cuts", "layers"),
+    [
+        (  # a stem of several modules, shortcuts with numbers in their names
+            lambda: timm.create_model("test_resnet"),
+            (0, 2, 4),
+            ["conv1. bn1. layer1.", "layer2.", "layer3.", "layer4."],
+        ),
+        (
+            lambda: timm.create_model("test_vit"),
+            (0, 3, 6),
+            ["cls_token pos_embed patch_embed. blocks.0.", "blocks.1.", "blocks.2.", "blocks.3.",
+             "blocks.4.", "blocks.5. norm."],
+        ),
+        (  # torchvision hides the number in a word
+            lambda: torchvision.models.VisionTransformer(32, 16, 3, 2, 8, 8),
+            (0, 3),
+            ["class_token conv_proj. encoder.pos_embedding encoder.layers.encoder_layer_0.",
+             "encoder.layers.encoder_layer_1.", "encoder.layers.encoder_layer_2. encoder.ln."],
+        ),
+    ],
+    ids=["resnet", "vit", "torchvision-vit"],
+)  # fmt: skip
+def test_layer_decay_counts_the_donors_units_back_from_the_head(build, cuts, layers):
+    model = build()
+    size = 32 if isinstance(model, torchvision.models.VisionTransformer) else 160
+    found = dissect(model, torch.zeros(1, 3, size, size))
+    assert found.anatomy.num_units == cuts[-1] == len(layers)
+    blocks = [found.block(a, b) for a, b in itertools.pairwise(cuts)]
+    network = AssembledNetwork(copy.deepcopy(blocks), [None] * len(blocks), nn.Linear(8, 3))
+    scales = optim.layer_scales(network, 0.5)
+    assert scales.keys() == {n for n, _ in network.named_parameters() if optim.is_block(n)}
+    for name, scale in scales.items():
+        own = name.split(".", 2)[2]
+        (layer,) = (i for i, starts in enumerate(layers) if own.startswith(tuple(starts.split())))
+        assert scale == 0.5 ** (len(layers) - layer), name
+
+
+def test_a_block_that_tells_no_units_is_one_layer():
+    scales = optim.layer_scales(Assembly(), 0.5)
+    assert {name.split(".")[1]: scale for name, scale in scales.items()} == {"0": 0.25, "1": 0.5}
 
 
 def test_frozen_leaves_blocks_out_of_the_optimizer():
@@ -72,10 +125,20 @@ def test_parameters_that_were_fixed_stay_fixed_and_nothing_to_train_is_an_error(
         groups_of(model.requires_grad_(False))
 
 
-def test_an_unknown_optimizer_is_named():
-    config = FinetuneConfig(steps=1, optimizer="adamx")
-    with pytest.raises(UsageError, match="timm has no optimizer 'adamx'"):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("adamx", "timm has no optimizer 'adamx'"),
+        ("fusedlamb", "the optimizer 'fusedlamb' cannot be used here: "),
+        ("adahessian", "the optimizer 'adahessian' needs second derivatives"),
+        ("lookahead_kronw", "the optimizer 'lookahead_kronw' keeps a state that"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_named(name, text):
+    config = FinetuneConfig(steps=1, optimizer=name)
+    with pytest.raises(UsageError) as error:
         optim.make_optimizer(optim.parameter_groups(Assembly(), config), config)
+    assert error.value.message.startswith(text)
 
 
 @pytest.mark.parametrize(

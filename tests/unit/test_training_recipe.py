@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from dery_cli.training.recipe import RECIPES, FinetuneConfig, make_config
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_a_valid_config_that_round_trips(name):
-    config = make_config(name)
-    assert FinetuneConfig.from_json(config.to_json()) == config
+def test_every_recipe_is_a_valid_config_and_plain_data(name):
+    data = make_config(name).to_json()
+    assert json.loads(json.dumps(data)) == data
 
 
 def test_the_paper_recipe_is_the_papers():
@@ -38,6 +39,8 @@ def test_steps_replace_the_recipes_epochs_and_none_changes_nothing():
         ({"epochs": 3, "steps": 3}, "give either epochs or steps, not both"),
         ({}, "give either epochs or steps, not neither"),
         ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"steps": 3, "epochs": 0}, "give either epochs or steps, not both"),
+        ({"steps": 1, "seed": 2**63}, "seed must be at least 0 and at most 9.22337e+18"),
         ({"steps": 1, "lr": -1.0}, "lr must be above 0, not -1"),
         ({"steps": 1, "lr": math.nan}, "lr must be above 0, not nan"),
         ({"steps": 1, "warmup": 1.0}, "warmup must be at least 0 and below 1, not 1"),
