@@ -23,6 +23,7 @@ from dery_cli.finetuning import (
     start_from_donor,
 )
 from dery_cli.processes import Processes, open_processes
+from dery_cli.target import SEEN, held_out_anew
 from dery_cli.teacher import LoadedTeacher, TeacherChoice, choose_teacher, load_teacher
 from dery_cli.terminal import GrowingTable, Terminal
 from dery_cli.training.evaluate import EvalResult, evaluate
@@ -152,7 +153,13 @@ def _open(
         )
         target = start.assembly.record.data
         skip_bad = skip_bad or (request.data is None and target["target_skip_bad"])
-        return start, open_checked(terminal, request.data or target["target"], skip_bad=skip_bad)
+        data = open_checked(terminal, request.data or target["target"], skip_bad=skip_bad)
+        if not request.scratch and held_out_anew(start.assembly.record, data):
+            terminal.warn(
+                f"the images of {data.spec} changed since the network was assembled: {SEEN}; "
+                "dery assemble makes it anew"
+            )
+        return start, data
     assert request.data is not None
     data = open_checked(terminal, request.data, skip_bad=skip_bad)
     return start_from_donor(space, request.donor, data, DEFAULT_CROP), data
@@ -212,7 +219,7 @@ def _train(
             run_dir,
             classes=plan.classes,
             device=processes.device,
-            resume=request.resume,
+            resume=request.resume or None,
             teacher=None if teacher is None else teacher.module,
             teacher_identity="" if teacher is None else teacher.identity,
             origin={

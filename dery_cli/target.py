@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dery_cli.artifacts import Workspace
+from dery_cli.artifacts import Artifact, Workspace
 from dery_cli.core.dissect import Dissection
-from dery_cli.data import DataSet, choose_samples
+from dery_cli.data import DataSet, choose_samples, fingerprint, stratified_holdout
 from dery_cli.zoo import Zoo, load_donor
 
 
@@ -84,3 +84,32 @@ def choose_target(data: DataSet, samples: int, seed: int) -> tuple[int, ...]:
 def choose_fit(indices: tuple[int, ...], samples: int, seed: int) -> tuple[int, ...]:
     """Those of the target's images that stitches are fitted on, in order."""
     return tuple(sorted(indices[i] for i in choose_samples(len(indices), samples, seed)))
+
+
+SEEN = "it may have seen some of those it is tested on"
+
+
+def held_out_anew(record: Artifact, data: DataSet) -> bool:
+    """Whether the part that is held out of a folder is not the one that a network was made with.
+
+    Each class is divided anew when images come or go, so it may hold some that were trained on.
+
+    Args:
+        record: Of an assembly or a run.
+        data: What it is to be tested on.
+    """
+    if data.spec != record.data["target"] or not data.held_out:
+        return False
+    chosen: Sequence[int]
+    if record.kind == "run":
+        digest, fraction = record.parents["data"], record.options["valid_fraction"]
+        chosen = range(len(data.train))
+        if fraction > 0 and data.train.labels is not None:
+            kept, valid = stratified_holdout(
+                data.train.labels, fraction=fraction, seed=record.seed or 0
+            )
+            chosen = [*kept, *valid]
+    else:
+        digest = record.parents["target"]
+        chosen = choose_target(data, record.options["target_samples"], record.seed or 0)
+    return fingerprint(data.train, chosen) != digest

@@ -209,7 +209,7 @@ NameOption = Annotated[
     str | None, _option(RUN, "--name", help="Name of the run; the assembly's by default.")
 ]
 ResumeOption = Annotated[
-    bool, _option(RUN, "--resume", help="Go on from the run's last checkpoint.")
+    bool, _option(RUN, "--resume", help="Go on from the run's last checkpoint, or fail.")
 ]
 TensorboardOption = Annotated[
     bool,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dery_cli.artifacts import Artifact, Workspace
+from dery_cli.artifacts import Workspace
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -19,13 +18,7 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.data import (
-    DataSet,
-    ImageDataset,
-    fingerprint,
-    open_checked,
-    stratified_holdout,
-)
+from dery_cli.data import ImageDataset, open_checked
 from dery_cli.errors import StaleError, UsageError
 from dery_cli.terminal import Terminal
 
@@ -63,6 +56,7 @@ def evaluate(
     from dery_cli.assembly_store import load_assembly
     from dery_cli.finetuning import check_classes
     from dery_cli.loading import as_dataset, pick_device
+    from dery_cli.target import SEEN, held_out_anew
     from dery_cli.training.evaluate import evaluate as score
 
     assembly = load_assembly(folder)
@@ -79,8 +73,8 @@ def evaluate(
         raise UsageError(f"{dataset.spec} has no labels", "give class folders")
     if images is None:
         raise UsageError(f"{dataset.spec} has no test images", "--split train")
-    if split == "test" and dataset.spec == target["target"] and dataset.held_out:
-        _warn_of_change(terminal, assembly.record, dataset)
+    if split == "test" and held_out_anew(assembly.record, dataset):
+        terminal.warn(f"the images of {dataset.spec} changed since the network was trained: {SEEN}")
     with terminal.progress("evaluating", len(images)) as bar:
         result = score(
             assembly.network,
@@ -113,32 +107,6 @@ def evaluate(
             [[n, *row] for n, row in zip(result.classes, result.confusion, strict=True)],
         )
     return {"folder": str(folder), "data": dataset.spec, "split": split, **result.to_json()}
-
-
-def _warn_of_change(terminal: Terminal, record: Artifact, data: DataSet) -> None:
-    """Say so where the part that is held out of a folder is not the one of the training.
-
-    Each class is divided anew when images come or go, so it may hold some that were trained on.
-    """
-    from dery_cli.target import choose_target
-
-    chosen: Sequence[int]
-    if record.kind == "run":
-        digest, fraction = record.parents["data"], record.options["valid_fraction"]
-        chosen = range(len(data.train))
-        if fraction > 0 and data.train.labels is not None:
-            kept, valid = stratified_holdout(
-                data.train.labels, fraction=fraction, seed=record.seed or 0
-            )
-            chosen = [*kept, *valid]
-    else:
-        digest = record.parents["target"]
-        chosen = choose_target(data, record.options["target_samples"], record.seed or 0)
-    if fingerprint(data.train, chosen) != digest:
-        terminal.warn(
-            f"the images of {data.spec} changed since the network was trained: it may have seen "
-            "some of those it is tested on"
-        )
 
 
 def _find(space: Workspace, what: str | None) -> Path:

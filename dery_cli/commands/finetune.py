@@ -67,8 +67,9 @@ def finetune(
 
     What is not said is as the recipe has it. The best weights are chosen on a
     split of the training images, or, where these are few, the last ones are
-    kept. Checkpoints are written as it goes; --resume continues to the numbers
-    of an uninterrupted run.
+    kept. Checkpoints are written as it goes: the same command line goes on where
+    it was interrupted, to the numbers of an uninterrupted run; other options
+    begin anew, and are refused under --resume.
 
     'torchrun --nproc-per-node N -m dery_cli finetune ...', or on several GPUs
     'accelerate launch -m dery_cli finetune ...', shares every batch out among

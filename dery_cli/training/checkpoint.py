@@ -130,6 +130,19 @@ def load_checkpoint(folder: Path, *, only: str | None = None) -> Checkpoint:
     return Checkpoint(folder=folder, step=body["step"], tensors=tensors, state=body["state"])
 
 
+def is_unfinished(run_dir: Path) -> bool:
+    """Whether the run got past its first update, but not to its last; as far as can be told."""
+    folder = find_checkpoint(run_dir, "last")
+    if folder is None:
+        return False
+    try:
+        body = _read_sidecar(folder / SIDECAR)
+    except DeryError:
+        return True
+    step, steps = int(body["step"]), int(body["state"].get("steps", 0))
+    return 0 < step < steps
+
+
 def load_weights(run_dir: Path, kind: str = "best") -> dict[str, torch.Tensor]:
     """Weights of a run's ``best`` or ``last`` checkpoint, averaged where the run averaged them.
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from dery_cli.errors import DeryError
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
@@ -52,7 +53,7 @@ def finetune(
     *,
     classes: Sequence[str],
     device: str | torch.device | None = None,
-    resume: bool = False,
+    resume: bool | None = False,
     teacher: nn.Module | None = None,
     teacher_identity: str = "unnamed",
     origin: Mapping[str, str] = MappingProxyType({}),
@@ -76,7 +77,7 @@ def finetune(
         run_dir: The run's folder; an earlier run in it is replaced unless ``resume``.
         classes: Class names in label order.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...; None takes what Accelerate finds best.
-        resume: Go on from the last checkpoint.
+        resume: Go on from the last checkpoint; None does so where it is of this very run.
         teacher: Network to learn from, shown the same images (see ``Teacher``).
         teacher_identity: Which it is; a run is resumed with the same one only.
         origin: What else a resumed run has to have in common with the one begun, by name: hashes of
@@ -189,11 +190,13 @@ class _Run:
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool | None) -> None:
         """Start afresh, or from the last checkpoint; afterwards there is one to fall back to."""
-        if resume:
+        if resume is None:
+            resume = self._go_on()
+        elif resume:
             self._load()
-        elif self.accelerator.is_main_process:
+        if not resume and self.accelerator.is_main_process:
             ckpt.keep_only(self.run_dir, last=None, best=None)
             rewind_metrics(self.run_dir, -1)
         self._enter_phase()
@@ -222,7 +225,7 @@ class _Run:
             if self._look(stop()):
                 self._save()
                 return
-            with self.clock.update():
+            with self.clock.update(frozen=self.plan.phase(self.step).frozen):
                 lr = self._update(batches)
             report = None
             if self.step in reports:
@@ -338,6 +341,7 @@ class _Run:
         if self.accelerator.is_main_process:
             state = {
                 "run": self.identity,
+                "steps": self.plan.steps,
                 "random": {"seed": self.config.seed, "step": self.step},
                 "loss": [self.loss_sum, self.loss_count],
                 "best": self.best,
@@ -346,6 +350,18 @@ class _Run:
             self.trained.save(self.run_dir, self.step, state)
             ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
         self.accelerator.wait_for_everyone()
+
+    def _go_on(self) -> bool:
+        """Load the last checkpoint if it is of this very run; say what becomes of an unfinished."""
+        try:
+            self._load()
+        except DeryError as error:
+            if ckpt.is_unfinished(self.run_dir):
+                self.warn(f"the unfinished run in {self.run_dir} is replaced: {error.message}")
+            return False
+        if self.step:
+            self.warn(f"going on from update {self.step} of {self.plan.steps}")
+        return True
 
     def _load(self) -> None:
         saved = self.trained.load(self.run_dir, self.identity)
@@ -390,7 +406,6 @@ class _Run:
         self.model.eval()
 
     def _progress(self, lr: float, report: dict[str, Any] | None) -> Progress:
-        left = self.plan.steps - self.step
         reports = sum(mark > self.step for mark in self.plan.reports)
         return Progress(
             step=self.step,
@@ -399,6 +414,6 @@ class _Run:
             lr=lr,
             loss=self.last_loss,
             images_per_second=self.plan.batch_size * self.clock.updates_per_second,
-            eta=self.clock.eta(left, reports),
+            eta=self.clock.eta(self.plan, self.step, reports),
             report=report,
         )

@@ -109,7 +109,7 @@ def make_scheduler(
     warmup = warmup_updates(config, phase)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(phase.steps - warmup, 1),
+        t_initial=max(phase.steps - warmup, 2),  # of one, timm logs that it does nothing
         lr_min=config.min_lr,
         warmup_t=warmup,
         warmup_lr_init=config.lr / (warmup + 1),

@@ -12,6 +12,7 @@ from typing import Any
 
 from dery_cli.errors import DeryError
 from dery_cli.training.checkpoint import find_checkpoint
+from dery_cli.training.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,16 +93,20 @@ def diverged(run_dir: Path, what: str, step: int, steps: int) -> DeryError:
     )
 
 
+FULL_PER_FROZEN = 1.5
+"""Time of a full update in that of a frozen one, before one was seen: three products, not two."""
+
+
 class Clock:
     """Seconds spent on updates and on reports, for the pace and an honest time left."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
-        self.spent = {"update": 0.0, "report": 0.0}
-        self.count = {"update": 0, "report": 0}
+        self.spent = {"full": 0.0, "frozen": 0.0, "report": 0.0}
+        self.count = {"full": 0, "frozen": 0, "report": 0}
 
-    def update(self) -> contextlib.AbstractContextManager[None]:
-        return self._timed("update")
+    def update(self, *, frozen: bool) -> contextlib.AbstractContextManager[None]:
+        return self._timed("frozen" if frozen else "full")
 
     def report(self) -> contextlib.AbstractContextManager[None]:
         return self._timed("report")
@@ -119,11 +124,22 @@ class Clock:
 
     @property
     def updates_per_second(self) -> float:
-        return self.count["update"] / max(self.spent["update"], 1e-9)
+        count, spent = (by["full"] + by["frozen"] for by in (self.count, self.spent))
+        return count / max(spent, 1e-9)
 
-    def eta(self, updates: int, reports: int) -> float | None:
-        """Seconds for so many more; a report not yet seen counts as nothing."""
-        if not self.count["update"]:
-            return None
+    def eta(self, plan: Plan, step: int, reports: int) -> float | None:
+        """Seconds for the updates after ``step``, and so many reports.
+
+        A report not yet seen counts as nothing, and full updates not yet seen as
+        ``FULL_PER_FROZEN`` of the frozen ones before them.
+        """
         mean = {what: self.spent[what] / max(self.count[what], 1) for what in self.spent}
-        return updates * mean["update"] + reports * mean["report"]
+        if not self.count["full"]:
+            mean["full"] = FULL_PER_FROZEN * mean["frozen"]
+        if not (self.count["full"] or self.count["frozen"]):
+            return None
+        left = reports * mean["report"]
+        for phase in plan.phases:
+            updates = phase.start + phase.steps - max(phase.start, step)
+            left += max(updates, 0) * mean["frozen" if phase.frozen else "full"]
+        return left

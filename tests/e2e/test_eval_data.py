@@ -1,4 +1,4 @@
-"""What eval says of test images that were held out of a folder which changed since."""
+"""What eval and finetune say of test images that were held out of a folder which changed since."""
 
 from __future__ import annotations
 
@@ -41,5 +41,11 @@ def test_images_that_came_later(made, what):
         (warning,) = warnings()
         assert "changed since the network was trained: it may have seen some of" in warning
         assert warnings("--split", "train") == []
+        if what.startswith("assemblies"):
+            line = ("finetune", "--steps", "1", "--name", "late", "-w", str(made / "ws"), "--json")
+            told = "changed since the network was assembled: it may have seen some"
+            assert any(told in warning for warning in run_dery(*line).json["warnings"])
+            line = (*line, "--scratch")
+            assert not any(told in warning for warning in run_dery(*line).json["warnings"])
     finally:
         late.unlink()

@@ -241,11 +241,13 @@ def stopped(copied, tmp_path, monkeypatch):
 RUN = "--steps 8 --report-every 2 --valid-fraction 0.2"
 
 
-def test_after_a_full_disk_the_run_goes_on_to_the_same_bytes(copied, tmp_path, stopped):
+@pytest.mark.parametrize("flag", ["--resume", ""])
+def test_after_a_full_disk_the_run_goes_on_to_the_same_bytes(copied, tmp_path, stopped, flag):
     assert ckpt.find_checkpoint(stopped, "last").name == "last-000004"
     assert not (stopped / "run.json").exists()
-    tune(copied, f"{RUN} --name parts --resume")
-    tune(copied, f"{RUN} --name whole")
+    told = tune(copied, f"{RUN} --name parts {flag}")["warnings"]
+    assert told == ([] if flag else ["going on from update 4 of 8"])
+    assert tune(copied, f"{RUN} --name whole")["warnings"] == []
     whole = tmp_path / "ws" / "runs" / "whole"
     for name in ("model.safetensors", "metrics.jsonl", "run.json"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
@@ -287,6 +289,23 @@ def test_a_damaged_checkpoint_is_not_resumed(copied, stopped, damage, text):
     assert text in error["message"]
     assert error["hint"]
     assert snapshot(stopped) == before
+
+
+def test_other_options_replace_an_unfinished_run_and_say_so(copied, stopped):
+    told = tune(copied, "--steps 2 --name parts")["warnings"]
+    assert len(told) == 1
+    assert told[0].startswith(f"the unfinished run in {stopped} is replaced: ")
+    assert tune(copied, "--steps 3 --name parts")["warnings"] == []  # that one was finished
+
+
+def test_a_damaged_checkpoint_is_begun_anew_without_resume(copied, tmp_path, stopped):
+    (stopped / "last-000004" / "model.safetensors").write_bytes(b"x")
+    told = tune(copied, f"{RUN} --name parts")["warnings"]
+    assert "is replaced: " in told[0]
+    assert "model.safetensors was altered or cut short" in told[0]
+    tune(copied, f"{RUN} --name whole")
+    whole = tmp_path / "ws" / "runs" / "whole"
+    assert (stopped / "run.json").read_bytes() == (whole / "run.json").read_bytes()
 
 
 def test_other_options_do_not_resume(copied, stopped):
