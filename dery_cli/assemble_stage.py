@@ -28,7 +28,7 @@ from dery_cli.embeddings import Embeddings, embed_command, read_embeddings
 from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.inference import PartCosts, latency_options, time_network
 from dery_cli.loading import pick_device
-from dery_cli.making import check_size
+from dery_cli.making import TRIAL_FOLDS, check_size
 from dery_cli.model_card import model_card
 from dery_cli.plugin import find_proxy
 from dery_cli.similarity_store import require_similarity
@@ -340,7 +340,7 @@ def _choose(
         controls = [largest, *([] if random is None else [random])]
         tried = finalists(scored, count)
         tried += [entry for entry in controls if entry not in tried]
-        with terminal.progress("trying the best, half by half", 2 * len(tried)) as bar:
+        with terminal.progress("trying the best", TRIAL_FOLDS * len(tried)) as bar:
             values = maker.try_out([entry.candidate for entry in tried], bar.advance)
         held_out = {entry.candidate.refs: value for entry, value in zip(tried, values, strict=True)}
         scored = [_with(entry, held_out) for entry in scored]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from dery_cli.types import BlockRef
 from dery_cli.workshop import Delivered, Workshop
 from dery_cli.zoo import Zoo
 
+TRIAL_FOLDS = 3
+"""A finalist is made so many times, each time without one part, which it is then asked about."""
+
 MIN_TRIAL_IMAGES = 40
-"""Half of fewer target images would tell nothing of what is made of the other half."""
+"""Parts of fewer target images would tell nothing."""
 
 
 class NetworkMaker:
@@ -79,23 +82,21 @@ class NetworkMaker:
 
     @property
     def can_try(self) -> bool:
-        """Whether there are labels, and enough images to hold half of them out."""
+        """Whether there are labels, and enough images to hold some of them out."""
         return self.target.labels is not None and len(self.target.indices) >= MIN_TRIAL_IMAGES
 
     def try_out(self, candidates: Sequence[Candidate], advance: Callable[[], None]) -> list[float]:
-        """Accuracy of each, made on half of the target's images and asked about the other half.
+        """Cross-validated accuracy of each as it would be delivered, stitches and head.
 
-        Both ways, stitches and head as they would be delivered: so that what labels add to a fit
-        counts for what it is worth on images that the fit has not seen.
+        What labels add to a fit counts for what it is worth on images that the fit has not seen.
 
         Args:
             candidates: To try.
-            advance: Called after each half of each candidate.
+            advance: Called after each of the ``TRIAL_FOLDS`` networks of each candidate.
         """
         self._scout = None
         hits = [0.0] * len(candidates)
-        halves = self._halves()
-        for made_on, asked_about in (halves, halves[::-1]):
+        for made_on, asked_about in self._trials():
             workshop = self._workshop(made_on, with_labels=True)
             labels = asked_about.labels
             assert labels is not None
@@ -107,20 +108,22 @@ class NetworkMaker:
                 advance()
         return [count / len(self.target.indices) for count in hits]
 
-    def _halves(self) -> tuple[Target, Target]:
-        """Two parts of the target with the same classes, those of fits halved too."""
+    def _trials(self) -> Iterator[tuple[Target, Target]]:
+        """The target without one part, and that part; classes are spread evenly over the parts."""
         fit, labels = set(self.target.fit_indices), self.target.labels
         assert labels is not None
-        # a class among the images of fits is told from the same class among the others
+        # those of a class that stitches are fitted on are spread apart from the others
         kind_N = torch.tensor(
             [2 * k + (i in fit) for i, k in zip(self.target.indices, labels, strict=True)]
         )
-        half_of = dict(zip(self.target.indices, stratified_folds(kind_N, 2).tolist(), strict=True))
-        first, second = (
-            self.target.part([index for index, half in half_of.items() if half == number])
-            for number in range(2)
+        part_of = dict(
+            zip(self.target.indices, stratified_folds(kind_N, TRIAL_FOLDS).tolist(), strict=True)
         )
-        return first, second
+        for part in range(TRIAL_FOLDS):
+            yield (
+                self.target.part([index for index, of in part_of.items() if of != part]),
+                self.target.part([index for index, of in part_of.items() if of == part]),
+            )
 
     def finish(self, candidate: Candidate) -> Delivered:
         """The candidate as a network of its own; with labels in its stitches, and with a head.

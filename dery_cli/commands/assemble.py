@@ -158,8 +158,8 @@ def assemble(
 
     An integer program ranks the assemblies by what its blocks gain for the target and how well
     their joints fit; the best of them, and the whole models within the budget, are built and ranked
-    by a training-free proxy; the first of these are made on half of the target's training images
-    and tried on the other half, which decides. The result works untrained.
+    by a training-free proxy; the first of these are made on a part of the target's training images
+    and tried on the rest, which decides. The result works untrained.
     """
     config = AssembleConfig(
         budget=Budget.parse(

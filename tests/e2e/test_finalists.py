@@ -1,4 +1,4 @@
-"""The last round: the best by proxy, made on one half of the target and asked about the other."""
+"""The last round: the best by proxy, made on a part of the target and asked about the rest."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["picked", "best whole model", "random assembly"])
-def test_held_out_accuracy_is_that_of_a_network_made_on_the_other_half(copied, role):
+def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, role):
     outcome = copied(*ASSEMBLE, "--finalists", "3")
     assert outcome.code == 0, outcome.stderr
     found = row(outcome, role)
@@ -63,12 +63,12 @@ def test_held_out_accuracy_is_that_of_a_network_made_on_the_other_half(copied, r
         for name in names
     }
     labels = torch.tensor([int(label) for label in data.train.labels])
-    half = stratified_folds(2 * labels + 1, 2)
+    part = stratified_folds(2 * labels + 1, 3)
     hits = 0
-    for made in (0, 1):
+    for asked in range(3):
         views = []
-        for number in (made, 1 - made):
-            indices = (half == number).nonzero().flatten().tolist()
+        for chosen in (part != asked, part == asked):
+            indices = chosen.nonzero().flatten().tolist()
             spec = dery_demo.zoo.card("resnet").input
             views.append(
                 list(
@@ -77,20 +77,20 @@ def test_held_out_accuracy_is_that_of_a_network_made_on_the_other_half(copied, r
                         indices,
                         spec,
                         crop=0.95,
-                        batch_size=128,
+                        batch_size=64,  # that of dery embed
                         device=torch.device("cpu"),
                     )
                 )
             )
-        made_on = labels[half == made]
+        made_on = labels[part != asked]
         builder = NetworkBuilder(donors, lambda _, v=views[0]: v, labels=made_on.tolist())
         network: AssembledNetwork = builder.build(blocks).network.copy()
         head = fit_classifier(pre_logits(network, views[0]), made_on, 10)
         network.head = linear_head(head)
         with torch.no_grad():
             guess = torch.cat([network(x).argmax(1) for x in views[1]])
-        hits += int((guess == labels[half != made]).sum())
-    assert found["held_out"] == pytest.approx(hits / len(labels), abs=2.5 / len(labels))
+        hits += int((guess == labels[part == asked]).sum())
+    assert found["held_out"] == pytest.approx(hits / len(labels), abs=1e-9)
 
 
 def test_a_few_images_hold_nothing_out(copied):
