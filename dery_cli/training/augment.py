@@ -87,7 +87,7 @@ def train_transform(
             )
     if config.hflip:
         steps.append(transforms.RandomHorizontalFlip(config.hflip))
-    if config.randaugment is not None:
+    if config.randaugment:
         fill = tuple(round(255 * mean) for mean in input.mean)
         hparams = {
             "translate_const": round(min(input.image_size) * 0.45),
@@ -95,7 +95,7 @@ def train_transform(
             "magnitude_max": 9.9,  # at 10 timm posterizes to 0 bits, which Pillow refuses
         }
         steps.append(rand_augment_transform(f"rand-m{config.randaugment}-mstd0.5-inc1", hparams))
-    timms = config.crop_scale is not None or config.randaugment is not None
+    timms = config.crop_scale is not None or config.randaugment > 0
     return TrainTransform(input=input, steps=tuple(steps), torch_only=not timms)
 
 

@@ -46,7 +46,7 @@ class FinetuneConfig:
             average.
         mixup: Alpha of Mixup's beta distribution, 0 for none.
         cutmix: Alpha of CutMix, 0 for none.
-        randaugment: Magnitude 0 to 10 of RandAugment, None for none.
+        randaugment: Magnitude 1 to 10 of RandAugment, 0 for none.
         crop_scale: Smallest and largest area share of a random resized crop, None for none.
         crop_ratio: Smallest and largest aspect ratio of that crop.
         crop_padding: Random shift by up to this share of the image's side, instead of that crop.
@@ -83,7 +83,7 @@ class FinetuneConfig:
     ema_decay: float | None = 0.9998
     mixup: float = 0.0
     cutmix: float = 0.0
-    randaugment: int | None = None
+    randaugment: int = 0
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: float = 0.0
@@ -124,8 +124,7 @@ class FinetuneConfig:
             _within(name, getattr(self, name), 0.0, 1.0, below=True)
         if self.ema_decay is not None:
             _within("ema_decay", self.ema_decay, 0.0, 1.0, below=True)
-        if self.randaugment is not None:
-            _within("randaugment", self.randaugment, 0, 10)
+        _within("randaugment", self.randaugment, 0, 10)
         if self.clip_grad is not None:
             _not_negative("clip_grad", self.clip_grad)
         if self.min_lr > self.lr:

@@ -48,6 +48,14 @@ def test_gray_images_stay_gray_under_randaugment():
         assert torch.equal(image_CHW[0], image_CHW[2])
 
 
+def test_without_a_magnitude_there_is_no_randaugment():
+    shown = [
+        type(step).__name__
+        for step in train_transform(GRAY, config(crop_padding=0.2, randaugment=0)).steps
+    ]
+    assert shown == ["_SquareView", "RandomCrop"]
+
+
 def test_randaugment_works_on_one_channel():
     transform = train_transform(GRAY, config(randaugment=10))
     for seed in range(60):
