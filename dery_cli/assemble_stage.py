@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -257,7 +258,7 @@ def build_assembly(
         "target": target.data.spec,
         "target_skip_bad": target.data.skip_bad,
         "match": None if built.match is None else dataclasses.asdict(built.match),
-        "proxy": {"name": proxy_name, "score": best.proxy},
+        "proxy": {"name": proxy_name, "score": rows[0]["proxy"]},
         "held_out": best.held_out,
         "program": {**proof, "score": chosen.program_score},
         "licenses": licences(assembler.zoo, chosen.refs),
@@ -335,6 +336,11 @@ def _choose(
             scored.append(maker.score(candidate, proxy))
             bar.advance()
     random = None if drawn is None else scored.pop()
+    if not any(math.isfinite(entry.proxy) for entry in scored):
+        raise DeryError(
+            f"the proxy {proxy_name} gives no candidate a finite score",
+            "choose another --proxy, or leave it out",
+        )
     largest = max(scored, key=lambda entry: entry.candidate.params)
     if count and maker.can_try:
         controls = [largest, *([] if random is None else [random])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Scored:
 
     Args:
         candidate: What was built.
-        proxy: Its proxy's score.
+        proxy: Its proxy's score; minus infinity where it gave none.
         fits: Of the stitches.
         held_out: Accuracy as delivered, on target images that it was not made on; None where it was
             not tried.
@@ -77,7 +78,7 @@ class Scored:
             "program_score": self.candidate.program_score,
             "latency_ns": self.candidate.latency,
             "memory_bytes": self.candidate.memory,
-            "proxy": self.proxy,
+            "proxy": self.proxy if math.isfinite(self.proxy) else None,
             "held_out": self.held_out,
             "r2": [None if fit is None else fit.r2 for fit in self.fits],
         }

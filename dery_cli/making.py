@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -78,7 +79,8 @@ class NetworkMaker:
                 num_classes=self.target.num_classes,
             )
         )
-        return Scored(candidate=candidate, proxy=float(value), fits=built.fits)
+        score = float(value) if math.isfinite(value) else -math.inf
+        return Scored(candidate=candidate, proxy=score, fits=built.fits)
 
     @property
     def can_try(self) -> bool:

@@ -82,7 +82,8 @@ HflipOption = Annotated[
     _option(DATA, "--hflip", help="Probability of a mirror image; not for digits or letters."),
 ]
 RandAugmentOption = Annotated[
-    int | None, _option(DATA, "--randaugment", help="Magnitude of RandAugment, 1 to 10; 0 for none.")
+    int | None,
+    _option(DATA, "--randaugment", help="RandAugment, 1 to 10; 0 for none."),
 ]
 MixupOption = Annotated[float | None, _option(DATA, "--mixup", help="Alpha of Mixup, 0 for none.")]
 CutmixOption = Annotated[

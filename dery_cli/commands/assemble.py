@@ -254,7 +254,7 @@ def _show(
                 show_count(row["flops"]),
                 *([show_time(row["latency_ns"])] if timed else []),
                 *([show_count(row["memory_bytes"])] if counted else []),
-                f"{row['proxy']:.4f}",
+                None if row["proxy"] is None else f"{row['proxy']:.4f}",
                 *([f"{row['held_out']:.4f}"] if tried else []),
                 None if row["mean_r2"] is None else f"{row['mean_r2']:.3f}",
                 None if row["test_top1"] is None else f"{row['test_top1']:.4f}",

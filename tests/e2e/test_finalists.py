@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dery_demo
-from dery_cli import dissect
+from dery_cli import assemble_stage, dissect
 from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
 from dery_cli.core.probe import fit_classifier, stratified_folds
 from dery_cli.core.proxies import pre_logits
@@ -97,3 +97,24 @@ def test_a_few_images_hold_nothing_out(copied):
     outcome = copied(*ASSEMBLE, "--target-samples", "39")
     assert outcome.code == 0, outcome.stderr
     assert outcome.json["result"]["held_out"] is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, value):
+    def proxy(inputs):
+        return 1.0 if len(inputs.network.blocks) > 1 else value
+
+    monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: proxy)
+    outcome = copied(*ASSEMBLE, "--finalists", "0")
+    assert outcome.code == 0, outcome.stderr
+    assert row(outcome, "best whole model")["proxy"] is None
+    assert not outcome.json["result"]["whole"]
+    path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
+    listed = json.loads(path.read_text(), parse_constant=pytest.fail)["candidates"]
+    assert [entry["proxy"] for entry in listed] == sorted(
+        [entry["proxy"] for entry in listed], key=lambda score: score is None
+    )
+    monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: lambda inputs: value)
+    outcome = copied(*ASSEMBLE, "--finalists", "0", "--name", "none")
+    assert outcome.code == 1
+    assert "gives no candidate a finite score" in outcome.json["error"]["message"]

@@ -90,6 +90,17 @@ def test_errors_become_exit_codes(monkeypatch, error, code, word):
     assert "Traceback" not in outcome.stderr
 
 
+def test_numbers_that_json_has_not_become_null(monkeypatch):
+    def broken(*_):
+        details = {"loss": float("nan"), "seen": [1.5, float("inf"), (-float("inf"),)], "n": 2}
+        raise DeryError("it broke", details=details)
+
+    monkeypatch.setattr("dery_cli.commands.zoo.read_zoo", broken)
+    outcome = run_dery("zoo", "list", "--json")
+    told = json.loads(outcome.stdout, parse_constant=pytest.fail)
+    assert told["error"]["details"] == {"loss": None, "seen": [1.5, None, [None]], "n": 2}
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def bug(*_):
         return {}["nothing"]
