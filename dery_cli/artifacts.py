@@ -161,6 +161,8 @@ class Transaction:
         pending = self.record_path.with_name(self.record_path.name + PENDING)
         half = self.record_path.with_name(self.record_path.name + ".part")
         half.write_text(artifact.to_text(), encoding="utf-8")
+        for name in self._names:
+            copy_mode(half, self.folder / (name + PENDING))
         _sync(half)
         os.replace(half, pending)
         _sync(self.folder)
@@ -171,6 +173,11 @@ class Transaction:
         for name in [*self._names, self.record_path.name]:
             (self.folder / (name + PENDING)).unlink(missing_ok=True)
         (self.folder / (self.record_path.name + ".part")).unlink(missing_ok=True)
+
+
+def copy_mode(like: Path, path: Path) -> None:
+    """Let those read ``path`` who may read ``like``: safetensors writes for the owner alone."""
+    os.chmod(path, like.stat().st_mode & 0o777)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dery_cli.artifacts import copy_mode
 from dery_cli.errors import DeryError, UsageError
 
 FORMAT = "dery-checkpoint"
@@ -89,6 +90,8 @@ def save_checkpoint(
         path = partial / SIDECAR
         body = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": state}
         path.write_text(json.dumps({**body, "sha256": _json_sha256(body)}, indent=1) + "\n")
+        for name in files:
+            copy_mode(path, partial / name)
         _sync(path)
         _sync(partial)
         partial.rename(folder)

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dery_cli import artifacts
 from dery_cli.artifacts import (
@@ -92,6 +94,17 @@ def test_an_error_leaves_the_old_artifact_and_no_litter(tmp_path):
     assert read(path).data == {"value": 1}
     assert (tmp_path / "payload.bin").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["partition.json", "payload.bin"]
+
+
+def test_tensors_may_be_read_by_those_who_may_read_the_record(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with transaction(tmp_path / "p.json") as work:
+            save_file({"x": torch.zeros(1)}, work.path("x.safetensors"))
+            work.commit(record(1))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):

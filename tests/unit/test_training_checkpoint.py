@@ -25,6 +25,15 @@ def save(run_dir, kind="last", step=5, value=1.0, **state):
     return ckpt.save_checkpoint(run_dir, kind, step, tensors(value), state)
 
 
+def test_all_its_files_may_be_read_by_the_same_people(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path):
     weight = torch.randn(4, 3)
     named = {
