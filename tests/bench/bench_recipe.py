@@ -1,10 +1,10 @@
 """Fine-tuning settings over several assemblies of the demo's donors, beside training from scratch.
 
 Reference: the same architecture from random weights, trained the same way, at its own best
-settings. What the default recipe was chosen by; give letters (``letters.py``), which nothing else
-is reported on, not the digits of the demo.
+settings. What the default recipe was chosen by, on letters (``letters.py DIR``), which nothing else
+is reported on.
 
-    python tests/bench/bench_recipe.py --data DIR [--lr 1e-3 3e-3] [--scale 0.3 1] [--seeds 2]
+    python tests/bench/bench_recipe.py [--data DIR] [--lr 1e-3 3e-3] [--scale 0.3 1] [--seeds 2]
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def random_network(text: str, classes: int, seed: int) -> AssembledNetwork:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", default="demo")
     parser.add_argument("--assemblies", type=int, nargs="+", default=[0, 1, 3])
     parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3])
     parser.add_argument("--scale", type=float, nargs="+", default=[1.0], help="rate of the blocks")
     parser.add_argument("--batch-norm", nargs="+", default=["train"])
     parser.add_argument("--steps", type=int, default=150)
