@@ -301,11 +301,13 @@ class DonorFilter:
         return found
 
 
+FINALISTS = 8
+"""Tried by default where the proxy is the probe."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssembleConfig:
     """Options of ``dery assemble``."""
-
-    FINALISTS: ClassVar[int] = 8
 
     budget: Budget = Budget()
     donors: DonorFilter = DonorFilter()
@@ -347,7 +349,7 @@ class AssembleConfig:
         """How many are tried; by default none where the proxy is one that has to be asked for."""
         if self.finalists is not None:
             return self.finalists
-        return self.FINALISTS if proxy == "probe" else 0
+        return FINALISTS if proxy == "probe" else 0
 
     def options(self) -> dict[str, Any]:
         return {
@@ -362,6 +364,7 @@ class AssembleConfig:
             "data": self.data,
             "skip_bad": self.skip_bad,
             "candidates": self.candidates,
+            "finalists": self.finalists,
             "proxy": self.proxy,
             "joint_weight": self.joint_weight,
             "stitch": self.stitch,

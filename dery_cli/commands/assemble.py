@@ -21,7 +21,7 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import AssembleConfig, Budget, DonorFilter, show_count, show_time
+from dery_cli.config import FINALISTS, AssembleConfig, Budget, DonorFilter, show_count, show_time
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.plugin import PROXY_GROUP, plugin_names
 from dery_cli.terminal import Terminal
@@ -113,7 +113,7 @@ def assemble(
             "--finalists",
             help="Best by the proxy that are tried as they would be delivered, on labelled target "
             "images they were not made on, which decides; with 0 the proxy does. By default "
-            f"{AssembleConfig.FINALISTS} with probe, 0 with another proxy.",
+            f"{FINALISTS} with probe, 0 with another proxy.",
         ),
     ] = None,
     joint_weight: Annotated[

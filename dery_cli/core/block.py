@@ -18,7 +18,7 @@ class Block(nn.Module):
 
     ``forward(x)`` takes the tensor of the first node and returns that of the last. Parameters,
     buffers and submodules are the donor's own objects until the block is deep-copied. ``units`` is
-    the donor's unit that each parameter belongs to, by name.
+    the donor's unit that each parameter belongs to, by name; ``units_of`` tells them.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self._steps = with_drops(steps, finish.values)
         self._source, self._finish, self._copy_input = source, finish, copy_input
         self._enter_order, self._leave_order = reorder
-        self.units = units or {}
+        self._unit_by_name = units or {}
         _borrow(self, model, self._steps)
         self.training = model.training
 
@@ -52,6 +52,12 @@ class Block(nn.Module):
         if self._leave_order is not None:
             result = result[:, self._leave_order.to(x.device)]
         return result
+
+
+def units_of(block: nn.Module) -> Mapping[str, int]:
+    """The donor's unit that each parameter of a block belongs to, by name; empty where unknown."""
+    found: Mapping[str, int] = getattr(block, "_unit_by_name", {})
+    return found
 
 
 class Lookup(Mapping[str, nn.Module]):

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dery_cli.core.block import units_of
 from dery_cli.errors import UsageError
 from dery_cli.training.plan import Phase, warmup_updates
 from dery_cli.training.recipe import FinetuneConfig
@@ -38,7 +39,7 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """
     layers: dict[str, tuple[int, int]] = {}
     for index, block in enumerate(getattr(model, "blocks", ())):
-        units = getattr(block, "units", {})
+        units = units_of(block)
         for name, _ in block.named_parameters():
             layers[f"blocks.{index}.{name}"] = (index, units.get(name, 0))
     depths = {layer: depth for depth, layer in enumerate(sorted(set(layers.values())))}
