@@ -167,7 +167,16 @@ def test_python_m_is_the_same_command(tmp_path):
 def test_the_readme_names_no_option_that_is_not_there():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     known = set(re.findall(r"--?[a-zA-Z][a-z-]*", _options()))
-    known |= {"--all", "--assemble", "--budgets", "--full", "--scale", "--seeds", "--ways", "--zoo"}  # of benches
+    known |= {
+        "--all",
+        "--assemble",
+        "--budgets",
+        "--full",
+        "--scale",
+        "--seeds",
+        "--ways",
+        "--zoo",
+    }  # of benches
     known |= {"--cpu", "--multi-gpu", "--nproc-per-node", "--num-processes"}  # of launchers
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert used - known == set()
