@@ -11,7 +11,7 @@ import pytest
 from dery_cli import making
 from tests.e2e.conftest import edit_json
 
-FEW = ("--candidates", "2")
+FEW = ("--candidates", "2", "--finalists", "0")
 
 
 def test_a_latency_budget(copied, tmp_path):

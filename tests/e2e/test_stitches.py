@@ -11,7 +11,17 @@ import dery_cli
 from dery_cli.core.cost import count_flops, count_params
 from dery_cli.core.stitch_choice import CLASS_WEIGHTS
 
-ASSEMBLE = ("assemble", "--max-params", "1.5M", "--no-whole", "--candidates", "2", "--json")
+ASSEMBLE = (
+    "assemble",
+    "--max-params",
+    "1.5M",
+    "--no-whole",
+    "--candidates",
+    "2",
+    "--finalists",
+    "0",
+    "--json",
+)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "paper"])
