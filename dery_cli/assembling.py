@@ -2,7 +2,8 @@
 
 The order is that of DESIGN.md: the program over blocks and edges gives the N best by its additive
 objective; whole models within the budget join them; every candidate is built with closed-form
-stitches; a training-free proxy of the finished network decides.
+stitches and ranked by a training-free proxy. ``assemble_stage`` then tries the first of them as
+they would be delivered, which decides where the target has labels.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ def _write(
         with transaction(path) as work:
             save_network(work.path(MODEL_FILE), plan.start.assembly.network)
             done = work.commit(dataclasses.replace(plan.record, data=data))
-    except DeryError as error:  # it says to rerun, which would begin anew
+    except DeryError as error:  # it says to rerun; with --resume that cannot begin anew
         raise DeryError(error.message, "free some space and go on with --resume") from error
     write_log(
         path.with_name(LOG_FILE),

@@ -65,14 +65,13 @@ class AssembledNetwork(nn.Module):
         stitches = self.stitches
         again = AssembledNetwork(
             [copy.deepcopy(block) for block in self.blocks],
-            [copy.deepcopy(stitches[k]) if k in stitches else None for k in self._places],
+            [
+                copy.deepcopy(stitches[k]) if k in stitches else None
+                for k in map(str, range(len(self.blocks)))
+            ],
             copy.deepcopy(self.head),
         )
         return again.train(self.training)
-
-    @property
-    def _places(self) -> list[str]:
-        return [str(k) for k in range(len(self.blocks))]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) to the pre-logits vector (N, C)."""
