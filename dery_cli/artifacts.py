@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dery_cli.errors import DeryError, StaleError
+from dery_cli.types import is_file_name
 
 PENDING = ".pending"
 FORMAT_VERSIONS = {
@@ -207,13 +208,25 @@ def _roll_forward(record_path: Path) -> None:
     pending = record_path.with_name(record_path.name + PENDING)
     if not pending.exists():
         return
-    files = json.loads(pending.read_text(encoding="utf-8"))["files"]
+    files = _own_files(json.loads(pending.read_text(encoding="utf-8"))["files"])
     for name in files:
         part = record_path.parent / (name + PENDING)
         if part.exists():
             os.replace(part, record_path.parent / name)
     os.replace(pending, record_path)
     _sync(record_path.parent)
+
+
+def _own_files(files: Mapping[str, str]) -> Mapping[str, str]:
+    """The files a record names, if all lie beside it.
+
+    Raises:
+        ValueError: One leads elsewhere.
+    """
+    for name in files:
+        if not is_file_name(name):
+            raise ValueError(f"{name!r} is no file beside its record")
+    return files
 
 
 def write_record(path: Path, artifact: Artifact) -> Artifact:
@@ -230,7 +243,10 @@ def read_record(path: Path, kind: str, *, missing: str, hint: str) -> Artifact:
             was written in an older format.
         DeryError: It, or one of its files, is damaged, or a newer dery wrote it.
     """
-    _roll_forward(path)
+    try:
+        _roll_forward(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeryError(f"{path}{PENDING} is damaged: {error}", f"rerun: {hint}") from error
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -248,7 +264,7 @@ def read_record(path: Path, kind: str, *, missing: str, hint: str) -> Artifact:
                 options=record["options"],
                 seed=record["seed"],
                 data=record["data"],
-                files=record["files"],
+                files=_own_files(record["files"]),
             )
     except (ValueError, KeyError, TypeError) as error:
         raise DeryError(f"{path} is damaged: not a dery record", f"rerun: {hint}") from error

@@ -11,14 +11,13 @@ from decimal import Decimal
 from typing import Any, ClassVar
 
 from dery_cli.errors import UsageError
-from dery_cli.types import Donor, StitchKind
+from dery_cli.types import Donor, StitchKind, is_name
 
 AUTO = "auto"
 _SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
 _TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*")
 _TIME_UNITS = {"us": 3, "ms": 6, "s": 9}
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def parse_size(text: str, option: str) -> int:
@@ -74,7 +73,7 @@ def check_name(name: str, what: str) -> str:
     Raises:
         UsageError: Another character.
     """
-    if _NAME.fullmatch(name) is None:
+    if not is_name(name):
         raise UsageError(
             f"bad {what} name: '{name}'", "use lower-case letters, digits, '.', '_', '-'"
         )

@@ -8,8 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from typing import Any
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+WEIGHTS_FOLDER = "weights"
+"""Where a workspace keeps copies of local checkpoints."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def is_name(text: object) -> bool:
+    """Whether this may name a donor, an assembly or a run: never a path to somewhere else."""
+    return isinstance(text, str) and _NAME.fullmatch(text) is not None
+
+
+def is_file_name(text: object) -> bool:
+    """Whether this may name a file that lies beside a record: one plain name, no path."""
+    return isinstance(text, str) and _FILE_NAME.fullmatch(text) is not None
 
 
 class Layout(enum.StrEnum):
@@ -250,6 +266,17 @@ class Donor:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Donor:
+        """A donor from a record, which may be anybody's.
+
+        Raises:
+            ValueError: Its name, or that of its checkpoint, leads out of the workspace.
+        """
+        if not is_name(data["name"]):
+            raise ValueError(f"{data['name']!r} is no name of a donor")
+        if data["weights"] is not None:
+            folder, _, file = str(data["weights"]).partition("/")
+            if folder != WEIGHTS_FOLDER or not is_file_name(file):
+                raise ValueError(f"{data['weights']!r} is no checkpoint in {WEIGHTS_FOLDER}/")
         return cls(
             name=data["name"],
             spec=data["spec"],

@@ -358,7 +358,10 @@ def read_zoo(workspace: Workspace) -> Zoo:
     if not workspace.zoo.exists():
         return Zoo([])
     artifact = read_record(workspace.zoo, "zoo", missing="there is no zoo", hint=ADD_HINT)
-    return Zoo(Donor.from_json(entry) for entry in artifact.data["donors"])
+    try:
+        return Zoo(Donor.from_json(entry) for entry in artifact.data["donors"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeryError(f"{workspace.zoo} is damaged: {error}", ADD_HINT) from error
 
 
 def require_zoo(workspace: Workspace) -> Zoo:

@@ -27,7 +27,7 @@ from dery_cli.plugin import (
     list_models,
 )
 from dery_cli.terminal import Terminal
-from dery_cli.types import Donor
+from dery_cli.types import WEIGHTS_FOLDER, Donor, is_file_name
 from dery_cli.zoo import (
     default_name,
     parse_spec,
@@ -198,8 +198,13 @@ def _prepare(
     card = dataclasses.replace(donor.card, **known)
     kept = None
     if entry.weights is not None:
-        kept = f"weights/{donor.name}{entry.weights.suffix}"
+        kept = f"{WEIGHTS_FOLDER}/{donor.name}{_plain_suffix(entry.weights)}"
     return dataclasses.replace(donor, card=card, weights=kept)
+
+
+def _plain_suffix(path: Path) -> str:
+    """A file's suffix, where it may stand in a workspace's own file names."""
+    return path.suffix if is_file_name(f"x{path.suffix}") else ""
 
 
 def _check_hash(entry: ManifestEntry, wanted: str, warn: Callable[[str], None]) -> None:

@@ -233,3 +233,23 @@ def test_the_second_process_says_that_it_waits(tmp_path):
     process.join(30)
     assert len(said) == 1
     assert "another dery works in" in said[0]
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "/victim.txt", "a/b", "..", ""])
+def test_a_record_names_files_beside_it_and_nothing_else(tmp_path, name):
+    """Anybody's record may lie there: neither it nor a pending one reaches out of its folder."""
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    path = folder / "partition.json"
+    evil = Artifact(kind="partition", files={name: "0" * 64}).to_text()
+    (tmp_path / "victim.txt.pending").write_text("evil")
+    path.with_name(path.name + ".pending").write_text(evil)
+    with pytest.raises(DeryError):
+        read(path)
+    path.with_name(path.name + ".pending").unlink()
+    path.write_text(evil)
+    with pytest.raises(DeryError):
+        read(path)
+    assert victim.read_text() == "mine"

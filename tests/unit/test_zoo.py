@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import dery_demo
 from dery_cli import zoo as zoo_module
-from dery_cli.artifacts import Workspace
+from dery_cli.artifacts import Artifact, Workspace, write_record
 from dery_cli.core.dissect import DissectError, dissect
 from dery_cli.zoo import Spec, load_donor, read_zoo
 from tests.conftest import run_dery
@@ -169,3 +169,31 @@ def test_the_offline_switch_reaches_the_hub(tmp_path):
 
 def test_specs_are_shown_as_they_are_written():
     assert str(Spec("timm", "resnet18.a1_in1k")) == "timm/resnet18.a1_in1k"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weights", "../victim.pth"),
+        ("weights", "weights/../../victim.pth"),
+        ("weights", "ABSOLUTE"),
+        ("name", "../victim"),
+        ("name", "ABSOLUTE"),
+        ("name", 7),
+    ],
+)
+def test_a_crafted_zoo_never_reaches_out_of_its_workspace(tmp_path, field, value):
+    assert run_dery("zoo", "add", "demo/mobilenetv3", cwd=tmp_path).code == 0
+    victims = [tmp_path / "victim.pth", tmp_path / "victim.json", tmp_path / "victim.safetensors"]
+    for victim in victims:
+        victim.write_text("mine")
+    space = Workspace(tmp_path / ".dery")
+    value = str(victims[0].with_suffix("")) if value == "ABSOLUTE" else value
+    crafted = {**read_zoo(space)["demo__mobilenetv3"].to_json(), field: value}
+    write_record(space.zoo, Artifact(kind="zoo", data={"donors": [crafted]}))
+    for line in (["list"], ["remove", str(crafted["name"])]):
+        outcome = run_dery("zoo", *line, cwd=tmp_path)
+        assert outcome.code == 1, outcome
+        assert "zoo.json is damaged" in outcome.stderr
+        assert "Traceback" not in outcome.stderr
+    assert all(victim.read_text() == "mine" for victim in victims)
