@@ -13,30 +13,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dery_cli.assembly_store import LoadedAssembly, load_assembly
     from dery_cli.core import proxies
-    from dery_cli.core.dissect import Dissection, dissect
-    from dery_cli.core.network import AssembledNetwork, NetworkBuilder
-    from dery_cli.core.partition import Partition, PartitionProblem, partition
-    from dery_cli.core.similarity import similarity
-    from dery_cli.core.stitch import Stitch
-    from dery_cli.core.stitch_fit import fit_stitch
+    from dery_cli.core.dissection.dissect import Dissection, dissect
+    from dery_cli.core.partition.solve import Partition, PartitionProblem, partition
+    from dery_cli.core.similarity.compare import similarity
+    from dery_cli.core.stitching.fit import fit_stitch
+    from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
+    from dery_cli.core.stitching.stitch import Stitch
+    from dery_cli.zoo.networks import LoadedAssembly, load_assembly
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AssembledNetwork": "dery_cli.core.network",
-    "Dissection": "dery_cli.core.dissect",
-    "LoadedAssembly": "dery_cli.assembly_store",
-    "NetworkBuilder": "dery_cli.core.network",
-    "Partition": "dery_cli.core.partition",
-    "PartitionProblem": "dery_cli.core.partition",
-    "Stitch": "dery_cli.core.stitch",
-    "dissect": "dery_cli.core.dissect",
-    "fit_stitch": "dery_cli.core.stitch_fit",
-    "load_assembly": "dery_cli.assembly_store",
-    "partition": "dery_cli.core.partition",
-    "similarity": "dery_cli.core.similarity",
+    "AssembledNetwork": "dery_cli.core.stitching.network",
+    "Dissection": "dery_cli.core.dissection.dissect",
+    "LoadedAssembly": "dery_cli.zoo.networks",
+    "NetworkBuilder": "dery_cli.core.stitching.network",
+    "Partition": "dery_cli.core.partition.solve",
+    "PartitionProblem": "dery_cli.core.partition.solve",
+    "Stitch": "dery_cli.core.stitching.stitch",
+    "dissect": "dery_cli.core.dissection.dissect",
+    "fit_stitch": "dery_cli.core.stitching.fit",
+    "load_assembly": "dery_cli.zoo.networks",
+    "partition": "dery_cli.core.partition.solve",
+    "similarity": "dery_cli.core.similarity.compare",
 }
 
 __all__ = [

@@ -23,8 +23,8 @@ from dery_cli.commands.partition import partition
 from dery_cli.commands.sim import sim
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
-from dery_cli.launcher import is_follower
-from dery_cli.terminal import current_terminal
+from dery_cli.runtime.launcher import is_follower
+from dery_cli.runtime.terminal import current_terminal
 
 SCHEMA = "dery/1"
 

@@ -34,8 +34,8 @@ class Outcome:
 
 def run_dery(*args: str, cwd: Path | None = None) -> Outcome:
     """Run ``dery ARGS`` in this process, through the very entry point of the command."""
-    from dery_cli import terminal
     from dery_cli.cli import run
+    from dery_cli.runtime import terminal
 
     terminal.use_terminal(terminal.Terminal(json="--json" in args))
     out, err = io.StringIO(), io.StringIO()

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dery_cli.artifacts import Workspace
-from dery_cli.terminal import Terminal, use_terminal
+from dery_cli.io.artifacts import Workspace
+from dery_cli.runtime.terminal import Terminal, use_terminal
 
 Result = dict[str, Any]
 

@@ -6,10 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dery_cli.artifacts import (
-    read_log,
-    unchanged,
-)
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -21,10 +17,15 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import FINALISTS, AssembleConfig, Budget, DonorFilter, show_count, show_time
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.plugin import PROXY_GROUP, plugin_names
-from dery_cli.terminal import Terminal
+from dery_cli.io.artifacts import (
+    read_log,
+    unchanged,
+)
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_count, show_time
+from dery_cli.stages.assemble.config import FINALISTS, AssembleConfig, Budget, DonorFilter
+from dery_cli.zoo.plugin import PROXY_GROUP, plugin_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -198,7 +199,7 @@ def assemble(
         raise UsageError(
             f"--proxy is '{proxy}'", f"choose from {', '.join(plugin_names(PROXY_GROUP))}"
         )
-    from dery_cli import assemble_stage as stage
+    from dery_cli.stages.assemble import run as stage
 
     space = open_workspace(workspace)
     path = space.assembly(name)

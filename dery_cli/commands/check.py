@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dery_cli.commands._options import Result, command
-from dery_cli.config import show_count
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.plugin import ZOO_GROUP, ZooPlugin, find_plugin, list_models
-from dery_cli.terminal import Terminal
-from dery_cli.zoo import Spec, parse_spec, resolve
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_count
+from dery_cli.zoo.plugin import ZOO_GROUP, ZooPlugin, find_plugin, list_models
+from dery_cli.zoo.registry import Spec, parse_spec, resolve
 
 if TYPE_CHECKING:
-    from dery_cli.testing import Report
+    from dery_cli.zoo.check import Report
 
 
 @command
@@ -52,7 +52,7 @@ def check(
     if not wanted:
         raise UsageError("nothing to check", "dery zoo check SPEC..., or dery zoo check --all demo")
 
-    from dery_cli.testing import check_model
+    from dery_cli.zoo.check import check_model
 
     reports: dict[str, Report] = {}
     with terminal.progress("checking models", len(wanted)) as progress:

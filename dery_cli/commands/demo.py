@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,8 @@ from dery_cli.commands._options import (
     WorkspaceOption,
     command,
 )
-from dery_cli.config import parse_size, show_count
-from dery_cli.terminal import Terminal, use_terminal
+from dery_cli.runtime.terminal import Terminal, use_terminal
+from dery_cli.sizes import parse_size, show_count
 
 MAX_PARAMS = "400k"
 
@@ -26,6 +27,7 @@ MAX_PARAMS = "400k"
 @command
 def demo(
     terminal: Terminal,
+    context: typer.Context,
     max_params: Annotated[
         str, typer.Option("--max-params", metavar="SIZE", help="Budget of the assembly.")
     ] = MAX_PARAMS,
@@ -45,7 +47,12 @@ def demo(
     """
     parse_size(max_params, "--max-params")
     folder = workspace or Path(tempfile.mkdtemp(prefix="dery-demo-"))
-    run = _Runner(terminal, folder, seed, device)
+    dery = context.find_root().command
+
+    def run_line(words: list[str]) -> Any:
+        return dery.main(args=words, prog_name="dery", standalone_mode=False)
+
+    run = _Runner(run_line, terminal, folder, seed, device)
     started = time.monotonic()
     run("zoo add --manifest demo")
     run("embed --data demo:")
@@ -78,15 +85,21 @@ def demo(
 class _Runner:
     """Runs command lines in this process and shows them."""
 
-    def __init__(self, terminal: Terminal, folder: Path, seed: int, device: str | None) -> None:
-        self._terminal, self._folder, self._seed, self._device = terminal, folder, seed, device
+    def __init__(
+        self,
+        dery: Callable[[list[str]], Any],
+        terminal: Terminal,
+        folder: Path,
+        seed: int,
+        device: str | None,
+    ) -> None:
+        self._dery, self._terminal, self._folder = dery, terminal, folder
+        self._seed, self._device = seed, device
         self.lines: list[str] = []
         self.seconds = 0.0
 
     def __call__(self, line: str) -> dict[str, Any]:
         """Run ``dery LINE`` and give its result."""
-        from dery_cli.cli import app
-
         words = [*shlex.split(line), "--workspace", str(self._folder)]
         name = words[0]
         if self._seed and name not in ("zoo", "sim"):
@@ -106,9 +119,7 @@ class _Runner:
             if wanted
         ]
         started = time.monotonic()
-        result = typer.main.get_command(app).main(
-            args=[*words, *flags], prog_name="dery", standalone_mode=False
-        )
+        result = self._dery([*words, *flags])
         self.seconds = time.monotonic() - started
         use_terminal(self._terminal)
         assert isinstance(result, dict)

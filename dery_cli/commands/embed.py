@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log, write_record
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -21,17 +20,26 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import AUTO, EmbedConfig, show_count
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.launcher import alone_by_mistake
-from dery_cli.terminal import Terminal
+from dery_cli.io.artifacts import (
+    Artifact,
+    Workspace,
+    transaction,
+    unchanged,
+    write_log,
+    write_record,
+)
+from dery_cli.runtime.launcher import alone_by_mistake
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_count
+from dery_cli.stages.embed.config import AUTO, EmbedConfig
 
 if TYPE_CHECKING:
-    from dery_cli.embedder import Embedder
-    from dery_cli.embeddings import Calibration
-    from dery_cli.processes import Processes
+    from dery_cli.runtime.processes import Processes
+    from dery_cli.stages.embed.run import Embedder
+    from dery_cli.stages.embed.store import Calibration
     from dery_cli.types import Donor
-    from dery_cli.zoo import Zoo
+    from dery_cli.zoo.registry import Zoo
 
 
 @command
@@ -113,8 +121,8 @@ def embed(
         seed=seed,
         workers=workers,
     )
-    from dery_cli.embedder import Embedder
-    from dery_cli.processes import open_processes
+    from dery_cli.runtime.processes import open_processes
+    from dery_cli.stages.embed.run import Embedder
 
     space = open_workspace(workspace)
     if (warning := alone_by_mistake()) is not None:
@@ -139,10 +147,10 @@ def _lead(
     dry_run: bool,
 ) -> Result:
     """The command, in the process that decides, locks, writes and prints."""
-    from dery_cli.data import open_checked
-    from dery_cli.embedder import Embedder
-    from dery_cli.embeddings import choose_calibration
-    from dery_cli.zoo import require_zoo
+    from dery_cli.data.sets import open_checked
+    from dery_cli.stages.embed.run import Embedder
+    from dery_cli.stages.embed.store import choose_calibration
+    from dery_cli.zoo.registry import require_zoo
 
     _choose(require_zoo(space), chosen)
     images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
@@ -230,9 +238,9 @@ def _choose(zoo: Zoo, names: Sequence[str] | None) -> dict[str, Donor]:
 def _plan(
     space: Workspace, donors: dict[str, Donor], config: EmbedConfig, calibration: Calibration
 ) -> _Plan:
-    from dery_cli.embedder import embedding_specs
-    from dery_cli.embeddings import embedding_artifact, why_left_out
-    from dery_cli.stream import stream_nbytes
+    from dery_cli.io.row_stream import stream_nbytes
+    from dery_cli.stages.embed.run import embedding_specs
+    from dery_cli.stages.embed.store import embedding_artifact, why_left_out
 
     count = len(calibration.indices)
     records = {n: embedding_artifact(d, config, calibration) for n, d in donors.items()}
@@ -271,10 +279,10 @@ def _embed_one(
     embedder: Embedder,
     processes: Processes,
 ) -> None:
-    from dery_cli.embedder import embedding_specs
-    from dery_cli.embeddings import finished, known_batch_size
-    from dery_cli.processes import NoMemoryError
-    from dery_cli.stream import SafetensorsStream
+    from dery_cli.io.row_stream import SafetensorsStream
+    from dery_cli.runtime.processes import NoMemoryError
+    from dery_cli.stages.embed.run import embedding_specs
+    from dery_cli.stages.embed.store import finished, known_batch_size
 
     started = time.monotonic()
     indices = record.data["indices"]
@@ -320,7 +328,7 @@ def _embed_one(
 
 def _leave_out(space: Workspace, name: str, record: Artifact, error: DeryError) -> None:
     """Replace the donor's embedding, if it has one, by the record of why it is left out."""
-    from dery_cli.embeddings import left_out
+    from dery_cli.stages.embed.store import left_out
 
     path = space.embedding(name)
     space.remove(path, [f"{name}.safetensors"])

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from dery_cli.artifacts import Workspace
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -18,9 +17,10 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.data import ImageDataset, open_checked
+from dery_cli.data.sets import ImageDataset, open_checked
 from dery_cli.errors import StaleError, UsageError
-from dery_cli.terminal import Terminal
+from dery_cli.io.artifacts import Workspace
+from dery_cli.runtime.terminal import Terminal
 
 SPLITS = ("test", "train")
 
@@ -53,11 +53,12 @@ def evaluate(
         raise UsageError(f"--batch-size is {batch_size}; it must be at least 1")
     folder = _find(open_workspace(workspace), what)
 
-    from dery_cli.assembly_store import load_assembly
-    from dery_cli.finetuning import check_classes
-    from dery_cli.loading import as_dataset, pick_device
-    from dery_cli.target import SEEN, held_out_anew
+    from dery_cli.data.batches import as_dataset
+    from dery_cli.data.samples import SEEN, held_out_anew
+    from dery_cli.runtime.devices import pick_device
+    from dery_cli.stages.finetune.start import check_classes
     from dery_cli.training.evaluate import evaluate as score
+    from dery_cli.zoo.networks import load_assembly
 
     assembly = load_assembly(folder)
     if assembly.classes is None:

@@ -9,9 +9,9 @@ import typer
 
 from dery_cli.commands import _finetune_options as opt
 from dery_cli.commands._options import Result, command, open_workspace
-from dery_cli.config import show_count
-from dery_cli.launcher import alone_by_mistake, precision
-from dery_cli.terminal import Terminal
+from dery_cli.runtime.launcher import alone_by_mistake, precision
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_count
 from dery_cli.training.recipe import make_config
 from dery_cli.training.request import FinetuneRequest, check_distillation
 
@@ -125,8 +125,8 @@ def finetune(
     if (warning := alone_by_mistake()) is not None:
         terminal.warn(warning)
 
-    from dery_cli.finetune_stage import fine_tune
-    from dery_cli.processes import Dismissed
+    from dery_cli.runtime.processes import Dismissed
+    from dery_cli.stages.finetune.run import fine_tune
 
     space = open_workspace(workspace)
     try:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dery_cli.artifacts import Artifact, unchanged, write_log, write_record
 from dery_cli.commands._options import (
     Result,
     SeedOption,
@@ -15,16 +14,17 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import PartitionConfig
-from dery_cli.terminal import Terminal
+from dery_cli.io.artifacts import Artifact, unchanged, write_log, write_record
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.stages.partition.config import PartitionConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dery_cli.core.partition import Partition
-    from dery_cli.similarity_store import StoredSimilarity
+    from dery_cli.core.partition.solve import Partition
+    from dery_cli.stages.sim.store import StoredSimilarity
     from dery_cli.types import Donor
-    from dery_cli.zoo import Zoo
+    from dery_cli.zoo.registry import Zoo
 
 
 @command
@@ -65,9 +65,9 @@ def partition(
         max_seconds=max_seconds,
         seed=seed,
     )
-    from dery_cli.embeddings import read_embeddings
-    from dery_cli.similarity_store import require_similarity
-    from dery_cli.zoo import require_zoo
+    from dery_cli.stages.embed.store import read_embeddings
+    from dery_cli.stages.sim.store import require_similarity
+    from dery_cli.zoo.registry import require_zoo
 
     space = open_workspace(workspace)
     zoo = require_zoo(space)
@@ -116,8 +116,8 @@ def _solve(
 ) -> Partition:
     import numpy as np
 
-    from dery_cli.core.partition import PartitionProblem
-    from dery_cli.core.partition import partition as solve
+    from dery_cli.core.partition.solve import PartitionProblem
+    from dery_cli.core.partition.solve import partition as solve
 
     donors = cuttable(zoo, config.blocks)
     left_out = [name for name in zoo.names() if all(name != donor.name for donor in donors)]

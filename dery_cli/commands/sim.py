@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast, runtime_checka
 
 import typer
 
-from dery_cli.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.commands._options import (
     DeviceOption,
     Result,
@@ -18,16 +17,17 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.config import parse_size
-from dery_cli.core.metrics import Metric, MetricOptions
+from dery_cli.core.similarity.metric import Metric, MetricOptions
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.plugin import find_plugin, guarded, plugin_names
-from dery_cli.terminal import Terminal
+from dery_cli.io.artifacts import Artifact, Workspace, transaction, unchanged, write_log
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import parse_size
+from dery_cli.zoo.plugin import find_plugin, guarded, plugin_names
 
 if TYPE_CHECKING:
-    from dery_cli.core.similarity import Known
-    from dery_cli.embeddings import Embeddings
-    from dery_cli.similarity_store import StoredSimilarity
+    from dery_cli.core.similarity.compare import Known
+    from dery_cli.stages.embed.store import Embeddings
+    from dery_cli.stages.sim.store import StoredSimilarity
 
 METRIC_GROUP = "dery.metrics"
 
@@ -146,9 +146,9 @@ def sim(
             )
     memory_bytes = parse_size(memory, "--memory")
 
-    from dery_cli.embeddings import read_embeddings
-    from dery_cli.similarity_store import read_similarity, similarity_artifact
-    from dery_cli.zoo import require_zoo
+    from dery_cli.stages.embed.store import read_embeddings
+    from dery_cli.stages.sim.store import read_similarity, similarity_artifact
+    from dery_cli.zoo.registry import require_zoo
 
     space = open_workspace(workspace)
     require_zoo(space)
@@ -171,7 +171,7 @@ def sim(
 
 
 def _device(name: str | None) -> str:
-    from dery_cli.loading import pick_device
+    from dery_cli.runtime.devices import pick_device
 
     return str(pick_device(name))
 
@@ -207,8 +207,8 @@ def _compute(
 ) -> StoredSimilarity:
     from safetensors.torch import save_file
 
-    from dery_cli.core import similarity as core
-    from dery_cli.similarity_store import StoredSimilarity, node_index
+    from dery_cli.core.similarity import compare as core
+    from dery_cli.stages.sim.store import StoredSimilarity, node_index
 
     started = time.monotonic()
     name = record.options["metric"]
@@ -254,8 +254,8 @@ def _compute(
 
 def _known(space: Workspace, record: Artifact, embeddings: Embeddings) -> Known | None:
     """The earlier matrix, where it has the same options and some of the same embeddings."""
-    from dery_cli.core.similarity import Known
-    from dery_cli.similarity_store import node_index, read_similarity
+    from dery_cli.core.similarity.compare import Known
+    from dery_cli.stages.sim.store import node_index, read_similarity
 
     try:
         before = read_similarity(space, record.options["metric"])
@@ -277,7 +277,7 @@ def _known(space: Workspace, record: Artifact, embeddings: Embeddings) -> Known 
 
 def _summary(terminal: Terminal, stored: StoredSimilarity) -> Result:
     """The most and least similar pairs of models."""
-    from dery_cli.core.similarity import model_similarity
+    from dery_cli.core.similarity.compare import model_similarity
 
     names = list(dict.fromkeys(name for name, _ in stored.index))
     owner = {name: number for number, name in enumerate(names)}

@@ -12,13 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-from dery_cli.artifacts import file_sha256
 from dery_cli.commands._options import Result, WorkspaceOption, command, open_workspace
 from dery_cli.commands.check import check
-from dery_cli.config import check_name, show_count
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.manifest import ManifestEntry, load_manifest
-from dery_cli.plugin import (
+from dery_cli.io.artifacts import file_sha256
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import check_name, show_count
+from dery_cli.types import WEIGHTS_FOLDER, Donor, is_file_name
+from dery_cli.zoo.manifest import ManifestEntry, load_manifest
+from dery_cli.zoo.plugin import (
     ZOO_GROUP,
     BrokenPluginError,
     ZooPlugin,
@@ -26,9 +28,7 @@ from dery_cli.plugin import (
     find_plugin,
     list_models,
 )
-from dery_cli.terminal import Terminal
-from dery_cli.types import WEIGHTS_FOLDER, Donor, is_file_name
-from dery_cli.zoo import (
+from dery_cli.zoo.registry import (
     default_name,
     parse_spec,
     plugin_sha256,

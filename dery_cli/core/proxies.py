@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dery_cli.core.probe import probe_accuracy
+from dery_cli.core.stitching.probe import probe_accuracy
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "swish", "mish", "hardswish", "elu", "leakyrelu")
 

@@ -12,9 +12,9 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
-from dery_cli.data import DEFAULT_CROP, field_of_view, normalised, to_mode
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.types import InputSpec
+from dery_cli.zoo.transforms import DEFAULT_CROP, field_of_view, normalised, to_mode
 
 ImageStep = Callable[[Image.Image], Image.Image]
 

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dery_cli.artifacts import copy_mode
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.io.artifacts import copy_mode
 
 FORMAT = "dery-checkpoint"
 VERSION = 1

@@ -14,7 +14,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.processes import launched_on_cpus
+from dery_cli.runtime.processes import launched_on_cpus
 from dery_cli.training.optim import batch_norms
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.runlog import run_lock

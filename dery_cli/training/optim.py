@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dery_cli.core.block import units_of
+from dery_cli.core.dissection.block import units_of
 from dery_cli.errors import UsageError
 from dery_cli.training.plan import Phase, warmup_updates
 from dery_cli.training.recipe import FinetuneConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
-from dery_cli.config import check_name
 from dery_cli.errors import UsageError
+from dery_cli.sizes import check_name
 
 MIN_IMAGES_TO_CHOOSE_ON = 1000
 """With fewer training images none are held out: the best of a few dozen is a lottery."""

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from dery_cli.core.assemble import AssemblyProblem, Resource, cross_check, n_best, solve
+from dery_cli.core.assembly.solve import AssemblyProblem, Resource, cross_check, n_best, solve
 
 
 def zoo(num_models: int, num_stages: int, seed: int = 0, scores: str = "gains") -> AssemblyProblem:

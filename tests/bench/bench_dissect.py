@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from dery_cli.core.cost import count_flops, count_params
-from dery_cli.core.dissect import DissectError, Dissection, dissect
+from dery_cli.core.cost.flops import count_flops, count_params
+from dery_cli.core.dissection.dissect import DissectError, Dissection, dissect
 
 SMALL = {
     "test": 0, "zepto": 1, "atto": 1, "femto": 2, "pico": 3, "nano": 3, "xxs": 3, "xxt": 3,

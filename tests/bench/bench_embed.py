@@ -16,8 +16,8 @@ import time
 import timm
 import torch
 
-from dery_cli.core.dissect import dissect
-from dery_cli.core.features import embed_batches
+from dery_cli.core.dissection.dissect import dissect
+from dery_cli.core.similarity.features import embed_batches
 
 QUICK = ("resnet18", "vit_tiny_patch16_224")
 FULL = ("resnet50", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")

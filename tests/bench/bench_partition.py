@@ -1,7 +1,7 @@
 """Partition (Eq. 2-5) against the heuristic of the paper, written plainly, in the same run.
 
 Reference (ref): random cuts, Kernighan-Lin-like swaps of one node at a block boundary,
-K-means-style anchors; 200 restarts of up to 200 steps. Ours: ``dery_cli.core.partition``, at the
+K-means-style anchors; 200 restarts of up to 200 steps. Ours: ``dery_cli.partition``, at the
 end of its first phase that reaches the reference's objective, and at its own end.
 
     python tests/bench/bench_partition.py [--restarts 200] [--max-seconds 60]
@@ -16,8 +16,8 @@ import time
 
 import numpy as np
 
-from dery_cli.core.partition import PartitionProblem, partition
-from dery_cli.core.partition_blocks import block_table
+from dery_cli.core.partition.blocks import block_table
+from dery_cli.core.partition.solve import PartitionProblem, partition
 
 FAMILIES = 6
 LATENT = 8

@@ -17,12 +17,13 @@ from bench_stitch import ASSEMBLIES, FIT_IMAGES, HEAD_IMAGES, INPUT, batches, bu
 
 import dery_demo
 from dery_cli import dissect
-from dery_cli.core.dissect import Dissection
-from dery_cli.core.network import AssembledNetwork, needs_stitch
-from dery_cli.core.stitch import Stitch
-from dery_cli.data import EvalTransform, ImageDataset, open_data
-from dery_cli.loading import as_dataset
+from dery_cli.core.dissection.dissect import Dissection
+from dery_cli.core.stitching.network import AssembledNetwork, needs_stitch
+from dery_cli.core.stitching.stitch import Stitch
+from dery_cli.data.batches import as_dataset
+from dery_cli.data.sets import ImageDataset, open_data
 from dery_cli.training.evaluate import evaluate
+from dery_cli.zoo.transforms import EvalTransform
 
 STARTS = ("assembly", "scratch")
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dery_cli.core.gram import plan_chunks
-from dery_cli.core.metrics_cka import LinearGrams
-from dery_cli.core.similarity import CKA, Known, MetricOptions, similarity
+from dery_cli.core.similarity.cka import LinearGrams
+from dery_cli.core.similarity.compare import CKA, Known, MetricOptions, similarity
+from dery_cli.core.similarity.gram import plan_chunks
 
 clock = time.perf_counter
 

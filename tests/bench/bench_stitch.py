@@ -20,18 +20,19 @@ import torch
 
 import dery_demo
 from dery_cli import dissect
-from dery_cli.core.dissect import Dissection
-from dery_cli.core.match import match_features
-from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
-from dery_cli.core.probe import fit_classifier
+from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.proxies import pre_logits
-from dery_cli.data import DataSet, EvalTransform, ImageDataset, open_data
-from dery_cli.loading import ImageBatches, as_dataset
+from dery_cli.core.stitching.match import match_features
+from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.stitching.probe import fit_classifier
+from dery_cli.data.batches import ImageBatches, as_dataset
+from dery_cli.data.sets import DataSet, ImageDataset, open_data
 from dery_cli.training.augment import train_transform
 from dery_cli.training.evaluate import evaluate
 from dery_cli.training.loop import finetune
 from dery_cli.training.recipe import make_config
 from dery_cli.types import BlockRef, StitchKind
+from dery_cli.zoo.transforms import EvalTransform
 
 ASSEMBLIES = (
     "efficientnet[0:2] mobilenetv3[2:4] vit_avg[4:5] resnext[6:9]",

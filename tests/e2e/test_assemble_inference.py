@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from dery_cli import making
+from dery_cli.stages.assemble import build as making
 from tests.e2e.conftest import edit_json
 
 FEW = ("--candidates", "2", "--finalists", "0")

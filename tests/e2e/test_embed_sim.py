@@ -21,10 +21,10 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-import dery_cli.plugin
-from dery_cli import embedder
-from dery_cli.core.dissect import Dissection
-from dery_cli.core.metrics import pairwise_metric
+import dery_cli.zoo.plugin
+from dery_cli.core.dissection.dissect import Dissection
+from dery_cli.core.similarity.metric import pairwise_metric
+from dery_cli.stages.embed import run as embedder
 from tests.conftest import Outcome, make_images, run_dery
 from tests.e2e.conftest import snapshot
 
@@ -149,7 +149,7 @@ def test_a_batch_size_that_is_neither(dery):
 SCRIPT = """
 import os, sys
 from dery_cli.cli import main
-from dery_cli.core.dissect import Dissection
+from dery_cli.core.dissection.dissect import Dissection
 
 what, calls, features = sys.argv.pop(1), 0, Dissection.features
 
@@ -231,7 +231,7 @@ def test_a_killed_run_continues_with_the_donor_it_was_in(bare, made, dery, tmp_p
     script = (
         "import os, signal, sys\n"
         "from dery_cli.cli import main\n"
-        "from dery_cli.stream import SafetensorsStream\n"
+        "from dery_cli.io.row_stream import SafetensorsStream\n"
         "write = SafetensorsStream.write\n"
         "def killing(self, name, rows):\n"
         "    if 'vit_cls' in str(self.path) and name == '4.feat_NC' and self._rows[name]:\n"
@@ -505,7 +505,7 @@ NO_METRIC = object()
 
 @pytest.fixture
 def own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = dery_cli.plugin.entry_points
+    found = dery_cli.zoo.plugin.entry_points
 
     def more(**select):
         own = [
@@ -518,7 +518,7 @@ def own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return [*found(**select), *(own if select.get("group") == "dery.metrics" else [])]
 
-    monkeypatch.setattr(dery_cli.plugin, "entry_points", more)
+    monkeypatch.setattr(dery_cli.zoo.plugin, "entry_points", more)
 
 
 def test_an_own_metric_and_only_new_pairs_are_computed(ws, dery, own_metrics):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import dery_demo
-from dery_cli import assemble_stage, dissect
-from dery_cli.core.network import AssembledNetwork, NetworkBuilder, linear_head
-from dery_cli.core.probe import fit_classifier, stratified_folds
+from dery_cli import dissect
 from dery_cli.core.proxies import pre_logits
-from dery_cli.data import open_data
-from dery_cli.loading import ImageBatches
+from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.stitching.probe import fit_classifier, stratified_folds
+from dery_cli.data.batches import ImageBatches
+from dery_cli.data.sets import open_data
+from dery_cli.stages.assemble import run as assemble_stage
 from dery_cli.types import BlockRef
 
 ASSEMBLE = ("assemble", "--max-params", "700k", "--candidates", "4", "--json")

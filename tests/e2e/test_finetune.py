@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 
-from dery_cli import finetune_stage
-from dery_cli.core.probe import fit_classifier
-from dery_cli.data import EvalTransform, open_data, stratified_holdout
+from dery_cli.core.stitching.probe import fit_classifier
+from dery_cli.data.sets import open_data
+from dery_cli.data.splits import stratified_holdout
+from dery_cli.stages.finetune import run as finetune_stage
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.runlog import run_lock
+from dery_cli.zoo.transforms import EvalTransform
 from tests.conftest import make_images, run_dery
 from tests.e2e.conftest import DONORS, edit_json, snapshot
 

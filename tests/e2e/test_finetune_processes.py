@@ -90,7 +90,7 @@ def test_the_numbers_are_those_of_one_process_without_batch_norm(ws):
 FAULTS = """
 import errno, os, sys
 from dery_cli.cli import main
-from dery_cli.data import ImageDataset
+from dery_cli.data.sets import ImageDataset
 from dery_cli.errors import DeryError
 from dery_cli.training import checkpoint
 

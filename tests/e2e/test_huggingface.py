@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dery_cli.assembly_store import load_assembly
+from dery_cli.zoo.networks import load_assembly
 from tests.conftest import make_images, run_dery
 
 datasets = pytest.importorskip("datasets")

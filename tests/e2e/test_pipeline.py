@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dery_cli
-from dery_cli.core.cost import count_flops, count_params
-from dery_cli.data import open_data
+from dery_cli.core.cost.flops import count_flops, count_params
+from dery_cli.data.sets import open_data
 from tests.conftest import run_dery
 from tests.e2e.conftest import DONORS, STAGES, Pipeline, snapshot, stage_lines
 
@@ -84,7 +84,7 @@ def test_embeddings_hold_every_node(pipeline):
 def test_features_are_those_of_the_donor(pipeline):
     """Against a forward hook on timm's own model, pooled by hand."""
     import dery_demo
-    from dery_cli.data import EvalTransform
+    from dery_cli.zoo.transforms import EvalTransform
 
     record = json.loads((pipeline.root / "embeddings" / "demo__vit_cls.json").read_text())
     data = open_data("demo")
@@ -183,7 +183,7 @@ def test_a_loaded_assembly_gives_the_same_bits_in_another_process(pipeline, tmp_
         logits = network(x).numpy()
     script = (
         "import sys, numpy as np, torch, dery_cli; torch.set_num_threads(1)\n"
-        "from dery_cli.data import open_data\n"
+        "from dery_cli.data.sets import open_data\n"
         "network, transform = dery_cli.load_assembly(sys.argv[1])\n"
         "data = open_data('demo')\n"
         "x = torch.stack([transform(data.test.image(i)) for i in range(5)])\n"

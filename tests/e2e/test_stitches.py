@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dery_cli
-from dery_cli.core.cost import count_flops, count_params
-from dery_cli.core.stitch_choice import CLASS_WEIGHTS
+from dery_cli.core.cost.flops import count_flops, count_params
+from dery_cli.core.stitching.class_weight import CLASS_WEIGHTS
 
 ASSEMBLE = (
     "assemble",

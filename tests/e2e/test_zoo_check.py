@@ -161,7 +161,7 @@ def test_build_must_give_eval_mode_and_card_must_refuse():
 
 def test_a_wrong_block_is_found(monkeypatch):
     """The reference is the donor's own pass: a block that leaves its unit out does not equal it."""
-    from dery_cli.core.dissect import Dissection
+    from dery_cli.core.dissection.dissect import Dissection
 
     whole = Dissection.block
     monkeypatch.setattr(
@@ -171,7 +171,7 @@ def test_a_wrong_block_is_found(monkeypatch):
 
 
 def test_wrong_costs_are_found(monkeypatch):
-    from dery_cli import contract
+    from dery_cli.zoo import contract
 
     monkeypatch.setattr(contract, "count_flops", lambda *_: 10)
     assert "costs: FLOPs add up to" in failure(Zoo())
@@ -215,7 +215,7 @@ def test_a_failing_model_exits_1(monkeypatch, tmp_path):
 
 
 def test_whole_only_is_no_failure(monkeypatch):
-    import dery_cli.core.dissect as module
+    import dery_cli.core.dissection.dissect as module
 
     real = module.dissect
 

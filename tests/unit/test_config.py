@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dery_cli.config import (
-    AssembleConfig,
-    Budget,
-    EmbedConfig,
-    PartitionConfig,
-    check_name,
-    parse_size,
-    parse_time,
-    show_count,
-    show_time,
-)
 from dery_cli.errors import UsageError
+from dery_cli.sizes import check_name, parse_size, parse_time, show_count, show_time
+from dery_cli.stages.assemble.config import AssembleConfig, Budget
+from dery_cli.stages.embed.config import EmbedConfig
+from dery_cli.stages.partition.config import PartitionConfig
 
 
 @pytest.mark.parametrize(

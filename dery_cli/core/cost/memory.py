@@ -1,0 +1,75 @@
+"""Inference memory as numbers: bytes of weights, and the peak of live activations.
+
+The peak is computed, not measured: the module runs on the ``meta`` device, where tensors have sizes
+and lifetimes but no contents, so the answer is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dery_cli.core.dissection.meta import meta_copy
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes that tensors made inside held at any time; a view holds none of its own.
+
+    Args:
+        known: Tensors made before that are not to be counted, nor views of them.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._alive = 0
+        self._storages = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self._alive += nbytes
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._drop, key, nbytes)
+
+    def _drop(self, key: int, nbytes: int) -> None:
+        self._storages.discard(key)
+        self._alive -= nbytes
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, each tensor counted once."""
+    tensors = {id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    return sum(tensors.values())
+
+
+def activation_peak(module: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
+    """Most bytes of activations alive at once while ``module`` runs in eval mode, its input too.
+
+    Args:
+        module: Takes one float32 tensor; it is neither run nor changed.
+        shape: Of the input for one image.
+        batch_size: Images.
+    """
+    twin = meta_copy(module).eval().requires_grad_(False)
+    x = torch.empty((batch_size, *shape), device="meta")
+    with torch.inference_mode(), PeakBytes([x, *twin.parameters(), *twin.buffers()]) as peak:
+        twin(x)
+    return int(peak.peak + x.nbytes)

@@ -1,0 +1,102 @@
+"""Similarity of every node of a zoo with every other (DESIGN.md, *Similarity*).
+
+``similarity(features, "cka")`` takes feat_NC of P nodes and gives sim_PP. The metrics themselves
+are in ``metrics_cka`` and ``metrics_regression``, the products they share in ``gram``.
+
+Legend: N samples, C channels, P nodes, M models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dery_cli.core.similarity import cka as metrics_cka
+from dery_cli.core.similarity import regression as metrics_regression
+from dery_cli.core.similarity.metric import (
+    Known,
+    Metric,
+    MetricOptions,
+    Progress,
+    Rows,
+    Similarity,
+    pairwise_metric,
+)
+
+CKA = Metric(name="cka", directional=False, fn=metrics_cka.cka)
+RBF_CKA = Metric(name="rbf_cka", directional=False, fn=metrics_cka.rbf_cka)
+LR = Metric(name="lr", directional=True, fn=metrics_regression.lr)
+RIDGE = Metric(name="ridge", directional=True, fn=metrics_regression.ridge)
+
+__all__ = [
+    "CKA",
+    "LR",
+    "RBF_CKA",
+    "RIDGE",
+    "Known",
+    "Metric",
+    "MetricOptions",
+    "Similarity",
+    "model_similarity",
+    "pairwise_metric",
+    "similarity",
+]
+
+
+@torch.no_grad()
+def similarity(
+    features: Sequence[Rows],
+    metric: Metric = CKA,
+    options: MetricOptions | None = None,
+    *,
+    known: Known | None = None,
+    progress: Progress | None = None,
+) -> Similarity:
+    """Compare every node with every other.
+
+    Args:
+        features: feat_NC [N, C] of each of P nodes, the same N samples in the same random order.
+            Tensors, or readers of rows (``stream.LazyRows``): nothing else is held in memory.
+        metric: ``CKA``, ``RBF_CKA``, ``LR``, ``RIDGE`` or a plugin's.
+        options: The metric's options; the defaults if left out.
+        known: An earlier result with the same metric, options and samples. Pairs of nodes that it
+            holds are not computed again; a node it does not hold needs the features of all.
+        progress: Told (multiply-adds done, in all).
+
+    Returns:
+        sim_PP and what is needed to add nodes later. It is float64, or float32 where float64 would
+        take more than a quarter of ``options.memory``.
+
+    Raises:
+        UsageError: Too few samples, nodes with different sample counts, too small a memory bound.
+        DeryError: Features hold NaN or infinity.
+
+    Example:
+        >>> x = torch.randn(512, 8)
+        >>> round(float(similarity([x, 3 * x + 1]).sim_PP[0, 1]), 6)
+        1.0
+    """
+    return metric.fn(features, options or MetricOptions(), known, progress)
+
+
+def model_similarity(sim_PP: Tensor, model_P: Sequence[int]) -> Tensor:
+    """Similarity of whole models: the mean over nodes of their best match in the other model.
+
+    Taken in both directions and averaged, so that it is symmetric and 1 for a model and itself.
+
+    Args:
+        sim_PP: Similarity of nodes.
+        model_P: Index of the model each node belongs to, 0..M-1.
+
+    Returns:
+        sim_MM [M, M].
+    """
+    owner_P = torch.as_tensor(model_P)
+    groups = [(owner_P == m).nonzero().flatten() for m in range(int(owner_P.max()) + 1)]
+    best_PM = torch.stack([sim_PP[:, group].amax(1) for group in groups], 1)
+    best_MM = torch.stack([best_PM[group].mean(0) for group in groups])
+    back_MM = torch.stack([sim_PP[group].amax(0) for group in groups])
+    back_MM = torch.stack([back_MM[:, group].mean(1) for group in groups], 1)
+    return (best_MM + back_MM) / 2

@@ -1,0 +1,275 @@
+"""The assembled network, and how it is put together from blocks of several donors.
+
+``AssembledNetwork`` is the module; ``NetworkBuilder`` makes networks of dissected donors: it takes
+the blocks, adds the stitches, and fits these in order, joint by joint, each on what the network so
+far really delivers. Prefixes that several candidates share are fitted once.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dery_cli.core.dissection.dissect import Dissection
+from dery_cli.core.stitching.class_weight import choose_class_weight
+from dery_cli.core.stitching.fit import (
+    StitchFit,
+    StitchRegression,
+    reestimate_batch_norm,
+)
+from dery_cli.core.stitching.probe import LinearClassifier
+from dery_cli.core.stitching.stitch import Stitch
+from dery_cli.types import BlockRef, Node, StitchKind
+
+KEEP_BYTES = 4 << 30
+"""Calibration tensors at joints are kept in memory up to this size, else computed anew."""
+
+
+def with_own_buffers(block: nn.Module) -> nn.Module:
+    """A copy with the same parameters, but statistics of its own."""
+    return copy.deepcopy(block, {id(p): p for p in block.parameters()})
+
+
+class AssembledNetwork(nn.Module):
+    """K blocks, the stitches between blocks of different donors, and a linear head.
+
+    Parameters keep the donors' names: ``blocks.<k>.<name in the donor>``, ``stitches.<k>.*`` for
+    the stitch in front of block k, ``head.*``. Without a head the output is the pre-logits vector.
+
+    Args:
+        blocks: K block modules.
+        stitches: Stitch in front of each block, None where blocks meet without one.
+        head: Classifier on the pre-logits vector.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        stitches: Sequence[nn.Module | None],
+        head: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.stitches = nn.ModuleDict(
+            {str(k): stitch for k, stitch in enumerate(stitches) if stitch is not None}
+        )
+        self.head = head
+
+    def copy(self) -> AssembledNetwork:
+        """A network that shares nothing with this one, nor one block with another."""
+        stitches = self.stitches
+        again = AssembledNetwork(
+            [copy.deepcopy(block) for block in self.blocks],
+            [
+                copy.deepcopy(stitches[k]) if k in stitches else None
+                for k in map(str, range(len(self.blocks)))
+            ],
+            copy.deepcopy(self.head),
+        )
+        return again.train(self.training)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) to the pre-logits vector (N, C)."""
+        for index, block in enumerate(self.blocks):
+            if str(index) in self.stitches:
+                x = self.stitches[str(index)](x)
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) to logits (N, classes)."""
+        x = self.forward_features(x)
+        return x if self.head is None else self.head(x)
+
+
+def linear_head(classifier: LinearClassifier) -> nn.Linear:
+    """A closed-form classifier as the ``nn.Linear`` a network ends with."""
+    head = nn.Linear(*classifier.weight_CD.shape)
+    with torch.no_grad():
+        head.weight.copy_(classifier.weight_CD.T)
+        head.bias.copy_(classifier.bias_D)
+    return head
+
+
+def needs_stitch(before: BlockRef, after: BlockRef) -> bool:
+    """Whether two blocks in a row need a layer between them."""
+    return not (before.donor == after.donor and before.stop == after.start)
+
+
+Batches = Callable[[], Iterable[Tensor]]
+"""Starts a pass over tensors, batch by batch, always of the same images in the same order."""
+
+
+class MemoryBudget:
+    """Bytes that kept calibration tensors may still take."""
+
+    def __init__(self, limit: int = KEEP_BYTES) -> None:
+        self.left = limit
+
+    def take(self, size: int) -> bool:
+        """Reserve ``size`` bytes; False where they do not fit."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+
+def replay(batches: Batches, module: nn.Module, budget: MemoryBudget) -> Batches:
+    """The batches after ``module``: kept while ``budget`` lasts, else computed in each pass."""
+
+    def compute() -> Iterator[Tensor]:
+        with torch.no_grad():
+            for x in batches():
+                yield module(x)
+
+    kept: list[Tensor] = []
+    for y in compute():
+        if not budget.take(y.numel() * y.element_size()):
+            budget.left += sum(x.numel() * x.element_size() for x in kept)
+            return compute
+        kept.append(y)
+    return lambda: kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefix:
+    """The first k blocks of an assembly with their fitted stitches."""
+
+    blocks: tuple[nn.Module, ...]
+    stitches: tuple[Stitch | None, ...]
+    fits: tuple[StitchFit | None, ...]
+    outputs: Batches
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltNetwork:
+    """A network with fitted stitches and no head.
+
+    Args:
+        network: The assembly, in eval mode. Its parameters may be those of the donors, and of other
+            candidates of the same builder: take its ``copy`` before changing it.
+        fits: For each block, how well the stitch in front of it was fitted, or None.
+    """
+
+    network: AssembledNetwork
+    fits: tuple[StitchFit | None, ...]
+
+
+class Donors(Protocol):
+    """Dissected donors by name: a mapping, or something that loads them when asked."""
+
+    def __getitem__(self, name: str, /) -> Dissection: ...
+
+
+class NetworkBuilder:
+    """Builds assemblies with closed-form stitches from dissected donors.
+
+    Args:
+        donors: Dissected donors by name, in eval mode, all on one device.
+        views: Images as the named donor sees them; the same images, order and batches for every
+            donor.
+        labels: Their classes; None fits stitches without.
+        kind: What stitches are made of.
+        seed: Of the random weights of ``paper`` stitches.
+        keep_bytes: Memory for calibration tensors at joints.
+    """
+
+    def __init__(
+        self,
+        donors: Donors,
+        views: Callable[[str], Iterable[Tensor]],
+        *,
+        labels: Sequence[int] | None = None,
+        kind: StitchKind = StitchKind.LINEAR,
+        seed: int = 0,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        self._donors = donors
+        self._views = views
+        self._labels = labels
+        self._kind = kind
+        self._seed = seed
+        self._budget = MemoryBudget(keep_bytes)
+        self._prefixes: dict[tuple[BlockRef, ...], _Prefix] = {}
+        self._targets: dict[tuple[str, int], Batches] = {}
+
+    def node(self, donor: str, index: int) -> Node:
+        """A donor's node by index."""
+        return self._donors[donor].anatomy.nodes[index]
+
+    def build(self, refs: Sequence[BlockRef]) -> BuiltNetwork:
+        """The network of these blocks in a row, stitches fitted joint by joint, no head.
+
+        Unstitched prefixes keep their batch-norm statistics; every block after the first stitch
+        has its statistics re-estimated on what it now receives.
+        """
+        prefix = self._prefix(tuple(refs))
+        network = AssembledNetwork(prefix.blocks, prefix.stitches).eval()
+        return BuiltNetwork(network, prefix.fits)
+
+    def _prefix(self, refs: tuple[BlockRef, ...]) -> _Prefix:
+        if refs in self._prefixes:
+            return self._prefixes[refs]
+        last = refs[-1]
+        donor = self._donors[last.donor]
+        block = donor.block(last.start, last.stop).eval()
+        if len(refs) == 1:
+            inputs: Batches = lambda: self._views(last.donor)  # noqa: E731
+            prefix = _Prefix((block,), (None,), (None,), replay(inputs, block, self._budget))
+        else:
+            prefix = self._extend(self._prefix(refs[:-1]), refs[-2], last, block)
+        self._prefixes[refs] = prefix
+        return prefix
+
+    def _extend(
+        self, before: _Prefix, previous: BlockRef, last: BlockRef, block: nn.Module
+    ) -> _Prefix:
+        stitch: Stitch | None = None
+        fit: StitchFit | None = None
+        inputs = before.outputs
+        if needs_stitch(previous, last):
+            device = next(iter(block.parameters())).device
+            source = self.node(previous.donor, previous.stop)
+            target = self.node(last.donor, last.start)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed + len(before.blocks))
+                stitch = Stitch(source, target, self._kind).to(device).eval()
+            fit = self._fit(stitch, before.outputs, last, block)
+            inputs = replay(before.outputs, stitch, self._budget)
+        if stitch is not None or any(s is not None for s in before.stitches):
+            block = with_own_buffers(block)
+            reestimate_batch_norm(block, inputs)
+        return _Prefix(
+            (*before.blocks, block),
+            (*before.stitches, stitch),
+            (*before.fits, fit),
+            replay(inputs, block, self._budget),
+        )
+
+    def _fit(self, stitch: Stitch, outputs: Batches, last: BlockRef, block: nn.Module) -> StitchFit:
+        if self._kind is StitchKind.PAPER:
+            reestimate_batch_norm(stitch, outputs)
+            return StitchFit(self._kind, None, None)
+        wanted = self._target(last.donor, last.start)
+        regression = StitchRegression(
+            stitch, lambda: zip(outputs(), wanted(), strict=True), labels=self._labels
+        )
+        weight = 0.0
+        if self._labels is not None:
+            after = self.node(last.donor, last.stop)
+            trial = with_own_buffers(block)
+            weight = choose_class_weight(regression, trial, after, outputs, self._labels)
+        return regression.fit(weight)
+
+    def _target(self, donor: str, node: int) -> Batches:
+        """What ``donor`` has at ``node`` on the calibration images."""
+        key = (donor, node)
+        if key not in self._targets:
+            stretch = self._donors[donor].block(0, node).eval()
+            self._targets[key] = replay(lambda: self._views(donor), stretch, self._budget)
+        return self._targets[key]

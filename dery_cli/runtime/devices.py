@@ -1,0 +1,28 @@
+"""Which device a command computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from dery_cli.errors import UsageError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of ``--device``, or the best there is.
+
+    Raises:
+        UsageError: No such device.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise UsageError("--device meta holds no data", "use cpu, cuda or mps")
+    return device

@@ -1,0 +1,94 @@
+"""Sizes and names as people write them: ``30M``, ``5G``, ``8ms``; read, shown and checked."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from dery_cli.errors import UsageError
+from dery_cli.types import is_name
+
+_SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
+_TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*")
+_TIME_UNITS = {"us": 3, "ms": 6, "s": 9}
+
+
+def parse_size(text: str, option: str) -> int:
+    """``30M`` -> 30,000,000.
+
+    Raises:
+        UsageError: Not a positive number with one of the suffixes, or not a whole count.
+    """
+    match = _SIZE.fullmatch(text)
+    accepted = "a positive number with k, M, G, B or T, such as 30M, 5G, 800k or 1.5B"
+    if match is None:
+        raise UsageError(f"{option}: '{text}' is not a size", f"accepted is {accepted}")
+    value = Decimal(match[1]).scaleb(_SUFFIXES[match[2].lower()])
+    if value != value.to_integral_value() or value <= 0:
+        raise UsageError(
+            f"{option}: '{text}' is not a positive whole count", f"accepted is {accepted}"
+        )
+    return int(value)
+
+
+def parse_time(text: str, option: str) -> int:
+    """``8ms`` -> 8,000,000 nanoseconds.
+
+    Raises:
+        UsageError: Not a positive number with a unit, or not whole nanoseconds.
+    """
+    match = _TIME.fullmatch(text)
+    accepted = "accepted is a positive number with us, ms or s, such as 8ms, 800us or 0.5s"
+    if match is None:
+        raise UsageError(f"{option}: '{text}' is not a time", accepted)
+    value = Decimal(match[1]).scaleb(_TIME_UNITS[match[2]])
+    if value != value.to_integral_value() or value <= 0:
+        raise UsageError(f"{option}: '{text}' is not a positive time in whole ns", accepted)
+    return int(value)
+
+
+def show_time(nanoseconds: float) -> str:
+    """A time in milliseconds, as reports write it: 8_123_456 -> ``8.123 ms``."""
+    return f"{nanoseconds / 1e6:,.3f} ms"
+
+
+def show_count(value: float) -> str:
+    """A count as people write it: 24_890_000 -> ``24.89M``."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.2f}{suffix}"
+    return f"{value:.0f}"
+
+
+def check_name(name: str, what: str) -> str:
+    """A name for a donor, an assembly or a run: ``[a-z0-9._-]``, not starting with a dot or dash.
+
+    Raises:
+        UsageError: Another character.
+    """
+    if not is_name(name):
+        raise UsageError(
+            f"bad {what} name: '{name}'", "use lower-case letters, digits, '.', '_', '-'"
+        )
+    return name
+
+
+def check_at_least(option: str, value: float, minimum: float = 1) -> None:
+    """Refuse an option's value below ``minimum``.
+
+    Raises:
+        UsageError: It is.
+    """
+    if value < minimum:
+        raise UsageError(f"{option} is {value}; it must be at least {minimum:g}")
+
+
+def check_one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse an option's value that is none of ``choices``.
+
+    Raises:
+        UsageError: It is none; the message lists them.
+    """
+    if value not in choices:
+        raise UsageError(f"{option} is '{value}'", f"choose from {', '.join(choices)}")

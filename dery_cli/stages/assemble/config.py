@@ -1,0 +1,216 @@
+"""Options of ``dery assemble``: the budget, the donors that may be used, and the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dery_cli.errors import UsageError
+from dery_cli.sizes import (
+    check_at_least,
+    check_name,
+    check_one_of,
+    parse_size,
+    parse_time,
+    show_count,
+    show_time,
+)
+from dery_cli.types import Donor, StitchKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Inclusive limits; None where there is none.
+
+    Args:
+        max_params: Parameters.
+        min_params: Parameters.
+        max_flops: Multiply-adds for one image.
+        min_flops: Multiply-adds for one image.
+        max_latency: Nanoseconds a batch.
+        max_memory: Bytes of weights and activations.
+    """
+
+    max_params: int | None = None
+    min_params: int | None = None
+    max_flops: int | None = None
+    min_flops: int | None = None
+    max_latency: int | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, low, high in (
+            ("params", self.min_params, self.max_params),
+            ("flops", self.min_flops, self.max_flops),
+        ):
+            if low is not None and high is not None and low > high:
+                raise UsageError(
+                    f"--min-{what} {show_count(low)} is above --max-{what} {show_count(high)}"
+                )
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        max_params: str | None,
+        min_params: str | None,
+        max_flops: str | None,
+        min_flops: str | None,
+        max_latency: str | None = None,
+        max_memory: str | None = None,
+    ) -> Budget:
+        """From the options' texts.
+
+        Raises:
+            UsageError: A size or time that cannot be read, or a minimum above its maximum.
+        """
+
+        def read(text: str | None, option: str) -> int | None:
+            return None if text is None else parse_size(text, option)
+
+        return cls(
+            max_params=read(max_params, "--max-params"),
+            min_params=read(min_params, "--min-params"),
+            max_flops=read(max_flops, "--max-flops"),
+            min_flops=read(min_flops, "--min-flops"),
+            max_latency=None if max_latency is None else parse_time(max_latency, "--max-latency"),
+            max_memory=read(max_memory, "--max-memory"),
+        )
+
+    def admits(
+        self, params: int, flops: int, *, latency: int | None = None, memory: int | None = None
+    ) -> bool:
+        """Whether a network is within all limits; what has none need not be known."""
+        for limit, value in ((self.max_latency, latency), (self.max_memory, memory)):
+            if limit is not None:
+                assert value is not None
+                if value > limit:
+                    return False
+        return (
+            (self.max_params is None or params <= self.max_params)
+            and (self.min_params is None or params >= self.min_params)
+            and (self.max_flops is None or flops <= self.max_flops)
+            and (self.min_flops is None or flops >= self.min_flops)
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{word} {show_count(value)} {unit}"
+            for word, value, unit in (
+                ("at most", self.max_params, "params"),
+                ("at least", self.min_params, "params"),
+                ("at most", self.max_flops, "multiply-adds"),
+                ("at least", self.min_flops, "multiply-adds"),
+            )
+            if value is not None
+        ]
+        if self.max_latency is not None:
+            parts.append(f"at most {show_time(self.max_latency)}")
+        if self.max_memory is not None:
+            parts.append(f"at most {show_count(self.max_memory)} bytes of memory")
+        return ", ".join(parts) or "no limit"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DonorFilter:
+    """Which donors an assembly may be made of.
+
+    Args:
+        licenses: Only donors under one of these licences; empty for any.
+        include: Only these donors; empty for all.
+        exclude: Not these donors.
+        image_size: Only donors registered at this input side.
+    """
+
+    licenses: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    image_size: int | None = None
+
+    def reasons(self, donor: Donor) -> list[str]:
+        """The options that leave ``donor`` out; empty where it may be used."""
+        found = []
+        if self.licenses and donor.card.license.lower() not in {x.lower() for x in self.licenses}:
+            found.append(f"--license {' --license '.join(self.licenses)}")
+        if self.include and donor.name not in self.include:
+            found.append(f"--include {' --include '.join(self.include)}")
+        if donor.name in self.exclude:
+            found.append(f"--exclude {donor.name}")
+        if self.image_size is not None and donor.input.image_size != (self.image_size,) * 2:
+            found.append(f"--image-size {self.image_size}")
+        return found
+
+
+FINALISTS = 8
+"""Tried by default where the proxy is the probe."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AssembleConfig:
+    """Options of ``dery assemble``."""
+
+    budget: Budget = Budget()
+    donors: DonorFilter = DonorFilter()
+    max_donors: int | None = None
+    latency_batch: int = 1
+    memory_batch: int = 1
+    data: str | None = None
+    skip_bad: bool = False
+    name: str = "default"
+    candidates: int = 32
+    finalists: int | None = None
+    proxy: str | None = None
+    joint_weight: float = 0.1
+    stitch: str = "linear"
+    match: bool = False
+    whole: bool = True
+    fit_samples: int = 512
+    target_samples: int = 2048
+    max_seconds: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "assembly")
+        check_at_least("--candidates", self.candidates)
+        if self.finalists is not None:
+            check_at_least("--finalists", self.finalists, 0)
+        check_at_least("--fit-samples", self.fit_samples, 8)
+        check_at_least("--target-samples", self.target_samples, 8)
+        if self.max_donors is not None:
+            check_at_least("--max-donors", self.max_donors)
+        check_at_least("--latency-batch", self.latency_batch)
+        check_at_least("--memory-batch", self.memory_batch)
+        check_at_least("--joint-weight", self.joint_weight, 0)
+        check_one_of("--stitch", self.stitch, tuple(StitchKind))
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+
+    def num_finalists(self, proxy: str) -> int:
+        """How many are tried; by default none where the proxy is one that has to be asked for."""
+        if self.finalists is not None:
+            return self.finalists
+        return FINALISTS if proxy == "probe" else 0
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "budget": dataclasses.asdict(self.budget),
+            "donors": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self.donors).items()
+            },
+            "max_donors": self.max_donors,
+            "latency_batch": self.latency_batch,
+            "memory_batch": self.memory_batch,
+            "data": self.data,
+            "skip_bad": self.skip_bad,
+            "candidates": self.candidates,
+            "finalists": self.finalists,
+            "proxy": self.proxy,
+            "joint_weight": self.joint_weight,
+            "stitch": self.stitch,
+            "match": self.match,
+            "whole": self.whole,
+            "fit_samples": self.fit_samples,
+            "target_samples": self.target_samples,
+            "max_seconds": self.max_seconds,
+        }

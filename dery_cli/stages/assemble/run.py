@@ -1,0 +1,377 @@
+"""The assemble stage with its artifacts: what ``dery assemble`` runs once its options are right."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dery_cli.core.assembly.solve import AssemblyProblem
+from dery_cli.data.samples import choose_target, fingerprint
+from dery_cli.data.sets import DataSet, open_checked
+from dery_cli.errors import DeryError, StaleError, UsageError
+from dery_cli.io.artifacts import (
+    Artifact,
+    Workspace,
+    read_record,
+    transaction,
+    unchanged,
+    write_log,
+    write_record,
+)
+from dery_cli.runtime.devices import pick_device
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_count, show_time
+from dery_cli.stages.assemble.build import TRIAL_FOLDS, check_size
+from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, ranked
+from dery_cli.stages.assemble.config import AssembleConfig
+from dery_cli.stages.assemble.costs import PartCosts, latency_options, time_network
+from dery_cli.stages.assemble.model_card import model_card
+from dery_cli.stages.assemble.search import Assembler, frontier
+from dery_cli.stages.assemble.target import Target, choose_fit
+from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
+from dery_cli.stages.sim.store import require_similarity
+from dery_cli.types import BlockRef
+from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences, save_network
+from dery_cli.zoo.plugin import find_proxy
+from dery_cli.zoo.registry import require_zoo
+
+PARTITION_HINT = "dery partition"
+LOG_FILE = "assembly.log.json"
+UNPROVEN = "the program's optimum was not proven in the time allowed"
+
+
+def with_latency(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> Artifact:
+    """The record with measured latencies among its parents; they are measured or those kept."""
+    target, config = assembler.target, assembler.config
+    weights = {f"weights/{n}": donor.weights_sha256 for n, donor in assembler.zoo.donors.items()}
+    wanted = Artifact(
+        kind="latency",
+        parents={"partition": record.parents["partition"], **weights},
+        options=latency_options(
+            target.device, assembler.stitch, config.latency_batch, target.num_classes
+        ),
+    )
+    kept = unchanged(space.latency, wanted)
+    if kept is None:
+        costs = assembler.measure_latency(terminal.progress)
+        kept = write_record(space.latency, dataclasses.replace(wanted, data=costs.to_json()))
+    else:
+        terminal.detail("latencies are those of an earlier run")
+    assembler.latency = PartCosts.from_json(kept.data)
+    return dataclasses.replace(record, parents={**record.parents, "latency": kept.sha256})
+
+
+def _scored(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> AssemblyProblem:
+    """The program, its gains and joints computed or taken from the scores artifact."""
+    parents = {name: sha for name, sha in record.parents.items() if name != "latency"}
+    wanted = Artifact(
+        kind="scores",
+        parents=parents,
+        options={"target_samples": record.options["target_samples"]},
+        seed=record.seed,
+    )
+    found = unchanged(space.scores, wanted)
+    if found is None:
+        count = len(assembler.zoo) * (assembler.target.labels is not None)
+        with terminal.progress("scoring blocks", count + len(assembler.blocks)) as bar:
+            data = assembler.scores(lambda phase: bar.update(bar.done + 1, phase))
+        found = write_record(space.scores, dataclasses.replace(wanted, data=data))
+    else:
+        terminal.detail("gains and joints are those of an earlier run")
+    return assembler.problem_of(found.data)
+
+
+def show_frontier(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
+) -> dict[str, Any]:
+    """The frontier of the program's score over params, multiply-adds and perhaps latency."""
+    _count_memory(terminal, assembler)
+    assembler.check_budget()
+    problem = _scored(terminal, space, assembler, record)
+    points, complete = frontier(assembler, problem)
+    path = space.assembly(assembler.config.name).parent / "pareto.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        timed = [] if assembler.latency is None else ["latency_ns"]
+        columns = ["score", "params", "flops", *timed, "network"]
+        writer.writerow(columns)
+        writer.writerows([p[column] for column in columns] for p in points)
+    terminal.table(
+        f"frontier within {assembler.config.budget}",
+        [
+            "score",
+            "params",
+            "multiply-adds",
+            *(["latency"] if timed else []),
+            "network: donor[first node:last node]",
+        ],
+        [
+            [
+                f"{p['score']:.4f}",
+                show_count(p["params"]),
+                show_count(p["flops"]),
+                *([show_time(p["latency_ns"])] if timed else []),
+                p["network"],
+            ]
+            for p in points
+        ],
+    )
+    if not complete:
+        terminal.say(f"the {len(points)} shown are spread over the budgets; there are more")
+    terminal.say(f"written to {path}")
+    return {"frontier": points, "complete": complete, "file": str(path)}
+
+
+def prepare(
+    terminal: Terminal, space: Workspace, config: AssembleConfig, device: str | None, workers: int
+) -> tuple[Assembler, Artifact, str]:
+    """Check the stages before, open the target, and say what the record will be."""
+    zoo = require_zoo(space)
+    embeddings = read_embeddings(space, zoo)
+    zoo = embeddings.zoo
+    for warning in embeddings.warnings:
+        terminal.warn(warning)
+    partition = read_record(
+        space.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
+    )
+    stored = require_similarity(space, embeddings, partition.options["metric"])
+    if partition.parents["similarity"] != stored.record.sha256:
+        raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
+    if config.data is None:
+        target_data = _calibration(terminal, embeddings, config.skip_bad)
+    else:
+        target_data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
+    indices = choose_target(target_data, config.target_samples, config.seed)
+    proxy_name = config.proxy or ("naswot" if target_data.classes is None else "probe")
+    if proxy_name == "probe" and target_data.classes is None:
+        raise UsageError(
+            f"--proxy probe needs labels, which {target_data.spec} has not",
+            "--data with class folders, or --proxy naswot",
+        )
+    target = Target(
+        data=target_data,
+        indices=indices,
+        fit_indices=choose_fit(indices, config.fit_samples, config.seed),
+        crop=embeddings.calibration.crop,
+        batch_size=embeddings.calibration.batch_size,
+        device=pick_device(device),
+        workers=workers,
+    )
+    record = Artifact(
+        kind="assembly",
+        parents={
+            "partition": partition.sha256,
+            "target": fingerprint(target_data.train, indices),
+            **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
+        },
+        options={
+            **config.options(),
+            "data": target_data.spec,
+            "skip_bad": target_data.skip_bad,
+            "proxy": proxy_name,
+            "finalists": config.num_finalists(proxy_name),
+        },
+        seed=config.seed,
+    )
+    assembler = Assembler(space, zoo, embeddings, partition, target, config)
+    return assembler, record, proxy_name
+
+
+def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:
+    """The data that were embedded, which must be what they were."""
+    used = embeddings.calibration
+    data = open_checked(terminal, used.spec, skip_bad=skip_bad or used.skip_bad)
+    if fingerprint(data.train, used.indices) != used.digest:
+        raise StaleError(
+            f"the images of {used.spec} changed since dery embed",
+            embed_command(dict(embeddings.options), embeddings.seed),
+        )
+    return data
+
+
+def build_assembly(
+    terminal: Terminal,
+    space: Workspace,
+    assembler: Assembler,
+    record: Artifact,
+    proxy_name: str,
+    require_optimal: bool,
+) -> Artifact:
+    """Rank, build, score and pick; write the pick and what it was compared with.
+
+    Raises:
+        InfeasibleError: Nothing is within the budget.
+        DeryError: The optimum is not proven though ``require_optimal`` asks for it, or the built
+            network is not the size that the program promised.
+    """
+    started = time.monotonic()
+    config, target = assembler.config, assembler.target
+    path = space.assembly(config.name)
+    if target.labels is None:
+        terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
+    _count_memory(terminal, assembler)
+    assembler.check_budget()
+    problem = _scored(terminal, space, assembler, record)
+    found, proof = assembler.candidates(problem)
+    if not proof["solver_agrees"]:
+        terminal.warn(f"CBC and the exact search disagree; the search counts: {proof['agreement']}")
+    if require_optimal and not proof["optimal"]:
+        raise DeryError(UNPROVEN, "raise or leave out --max-seconds")
+    scored, compared = _choose(terminal, assembler, problem, found, proxy_name)
+    best = compared[0][1]
+    chosen = best.candidate
+    rows = []
+    with terminal.progress("finishing the pick and its controls", len(compared)) as bar:
+        built = assembler.maker.finish(chosen)
+        for role, entry in compared:
+            rows.append(_row(assembler, role, entry))
+            bar.advance()
+    network = built.network
+    target_shape = _input_shape(assembler, best)
+    check_size(network, chosen, target_shape, config.memory_batch)
+    timing = _time_whole(assembler, chosen, network, target_shape)
+    data: dict[str, Any] = {
+        "network": describe_network(
+            assembler.zoo,
+            chosen.refs,
+            built.fits,
+            classes=target.data.classes,
+            crop=target.crop,
+            sets=chosen.sets,
+        ),
+        "name": str(chosen),
+        "whole": chosen.whole,
+        "params": chosen.params,
+        "flops": chosen.flops,
+        "latency_ns": chosen.latency,
+        "memory_bytes": chosen.memory,
+        "input_shape": list(target_shape),
+        "budget": str(config.budget),
+        "target": target.data.spec,
+        "target_skip_bad": target.data.skip_bad,
+        "match": None if built.match is None else dataclasses.asdict(built.match),
+        "proxy": {"name": proxy_name, "score": rows[0]["proxy"]},
+        "held_out": best.held_out,
+        "program": {**proof, "score": chosen.program_score},
+        "licenses": licences(assembler.zoo, chosen.refs),
+        "comparison": rows,
+        "test_top1": rows[0]["test_top1"],
+    }
+    listing = {
+        "schema": "dery/candidates/1",
+        "proxy": proxy_name,
+        "candidates": [entry.to_json() for entry in ranked(scored)],
+    }
+    with transaction(path) as work:
+        save_network(work.path(MODEL_FILE), network)
+        work.write_text("candidates.json", json.dumps(listing, indent=1) + "\n")
+        work.write_text("README.md", model_card(config.name, data))
+        found_record = work.commit(
+            Artifact(
+                kind="assembly",
+                parents=record.parents,
+                options=record.options,
+                seed=record.seed,
+                data=data,
+            )
+        )
+    log = {"seconds": time.monotonic() - started, "latency": timing}
+    write_log(path.parent / LOG_FILE, log)
+    return found_record
+
+
+def _count_memory(terminal: Terminal, assembler: Assembler) -> None:
+    if assembler.config.budget.max_memory is not None:
+        assembler.memory = assembler.compute_memory(terminal.progress)
+
+
+def _time_whole(
+    assembler: Assembler, chosen: Candidate, network: Any, input_shape: tuple[int, ...]
+) -> dict[str, Any] | None:
+    """The built network's own latency beside the sum of its parts; None without a budget."""
+    if chosen.latency is None:
+        return None
+    batch_size = assembler.config.latency_batch
+    measured = time_network(network, input_shape, assembler.target.device, batch_size)
+    return {
+        "batch_size": batch_size,
+        "sum_of_parts_ns": chosen.latency,
+        "built_network_ns": measured,
+        "additive_error": chosen.latency / measured - 1,
+    }
+
+
+def _input_shape(assembler: Assembler, best: Scored) -> tuple[int, ...]:
+    spec = assembler.zoo[best.candidate.refs[0].donor].input
+    return (spec.in_chans, *spec.image_size)
+
+
+def _choose(
+    terminal: Terminal,
+    assembler: Assembler,
+    problem: AssemblyProblem,
+    found: Sequence[Candidate],
+    proxy_name: str,
+) -> tuple[list[Scored], list[tuple[str, Scored]]]:
+    """All candidates scored, and the pick beside what it is compared with.
+
+    The proxy ranks; where the target has labels, the best of them and the controls (the best whole
+    model, a random assembly, the largest candidate) are tried as they would be delivered, which
+    decides.
+    """
+    maker, proxy = assembler.maker, find_proxy(proxy_name)
+    count = assembler.config.num_finalists(proxy_name)
+    drawn = assembler.random_candidate(problem)
+    with terminal.progress("building candidates", len(found) + (drawn is not None)) as bar:
+        scored = []
+        for candidate in [*found, *([] if drawn is None else [drawn])]:
+            scored.append(maker.score(candidate, proxy))
+            bar.advance()
+    random = None if drawn is None else scored.pop()
+    if not any(math.isfinite(entry.proxy) for entry in scored):
+        raise DeryError(
+            f"the proxy {proxy_name} gives no candidate a finite score",
+            "choose another --proxy, or leave it out",
+        )
+    largest = max(scored, key=lambda entry: entry.candidate.params)
+    if count and maker.can_try:
+        controls = [largest, *([] if random is None else [random])]
+        tried = finalists(scored, count)
+        tried += [entry for entry in controls if entry not in tried]
+        with terminal.progress("trying the best", TRIAL_FOLDS * len(tried)) as bar:
+            values = maker.try_out([entry.candidate for entry in tried], bar.advance)
+        held_out = {entry.candidate.refs: value for entry, value in zip(tried, values, strict=True)}
+        scored = [_with(entry, held_out) for entry in scored]
+        largest = _with(largest, held_out)
+        random = None if random is None else _with(random, held_out)
+    compared = [("picked", pick(scored))]
+    wholes = [entry for entry in scored if entry.candidate.whole]
+    if wholes:
+        compared.append(("best whole model", pick(wholes)))
+    if random is not None:
+        compared.append(("random assembly", random))
+    compared.append(("most params", largest))
+    return scored, compared
+
+
+def _with(entry: Scored, held_out: Mapping[tuple[BlockRef, ...], float]) -> Scored:
+    return dataclasses.replace(entry, held_out=held_out.get(entry.candidate.refs))
+
+
+def _row(assembler: Assembler, role: str, entry: Scored) -> dict[str, Any]:
+    return {
+        "role": role,
+        **entry.to_json(),
+        "mean_r2": entry.r2,
+        "test_top1": assembler.maker.test_top1(entry.candidate),
+    }

@@ -1,0 +1,63 @@
+"""Options of ``dery embed``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from dery_cli.errors import UsageError
+from dery_cli.sizes import check_at_least, check_one_of
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Options of ``dery embed``; all but ``workers`` belong to the artifact.
+
+    Args:
+        batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
+            among its options, and the size it came to among its data.
+        skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
+    """
+
+    data: str
+    samples: int = 2048
+    grid: int = 4
+    grid_samples: int = 256
+    batch_size: int | str = 64
+    dtype: str = "fp16"
+    crop: float = 0.95
+    skip_bad: bool = False
+    seed: int = 0
+    workers: int = 0
+
+    DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
+
+    def __post_init__(self) -> None:
+        check_at_least("--samples", self.samples, 4)
+        check_at_least("--grid", self.grid)
+        check_at_least("--grid-samples", self.grid_samples, 8)
+        if isinstance(self.batch_size, int):
+            check_at_least("--batch-size", self.batch_size)
+        elif self.batch_size != AUTO:
+            raise UsageError(
+                f"--batch-size is '{self.batch_size}'", f"give a number of images, or {AUTO}"
+            )
+        check_at_least("--workers", self.workers, 0)
+        check_one_of("--dtype", self.dtype, self.DTYPES)
+        if not 0 < self.crop <= 1:
+            raise UsageError(f"--crop is {self.crop}; it must be in (0, 1]")
+
+    def options(self) -> dict[str, Any]:
+        """What the artifact records."""
+        return {
+            "data": self.data,
+            "samples": self.samples,
+            "grid": self.grid,
+            "grid_samples": self.grid_samples,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "crop": self.crop,
+            "skip_bad": self.skip_bad,
+        }

@@ -1,0 +1,250 @@
+"""Assemblies on disk: writing them, and loading them back to the bit.
+
+An assembly's folder holds ``assembly.json`` (blocks, stitches, head, input: all that is needed to
+build the network again), ``model.safetensors``, ``candidates.json`` and ``README.md``. A run's
+folder holds the same description in ``run.json`` beside its fine-tuned ``model.safetensors``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.core.stitching.network import AssembledNetwork
+from dery_cli.core.stitching.stitch import Stitch
+from dery_cli.errors import DeryError, StaleError, UsageError
+from dery_cli.io.artifacts import Artifact, check_files, read_record
+from dery_cli.types import BlockRef, Donor, InputSpec, Node, StitchKind
+from dery_cli.zoo.registry import Zoo, build_model, dissect_donor, parse_spec, resolve
+from dery_cli.zoo.transforms import EvalTransform
+
+ASSEMBLE_HINT = "dery assemble --max-params SIZE --max-flops SIZE"
+MODEL_FILE = "model.safetensors"
+
+
+def describe_network(
+    zoo: Zoo,
+    refs: Sequence[BlockRef],
+    fits: Sequence[StitchFit | None],
+    *,
+    classes: Sequence[str] | None,
+    crop: float,
+    sets: Sequence[int] | None,
+) -> dict[str, Any]:
+    """All that is needed to build a network again, as JSON data.
+
+    Args:
+        zoo: The donors.
+        refs: Blocks in order.
+        fits: How well the stitch in front of each block was fitted, None where there is none.
+        classes: Class names of the head, None without a head.
+        crop: Field of view of the preprocessing.
+        sets: Equivalence set of each block, None for a whole model.
+    """
+    blocks = []
+    for position, ref in enumerate(refs):
+        donor = zoo[ref.donor]
+        blocks.append(
+            {
+                "donor": ref.donor,
+                "start": ref.start,
+                "stop": ref.stop,
+                "stage": position,
+                "set": None if sets is None else sets[position],
+                "spec": donor.spec,
+                "weights_sha256": donor.weights_sha256,
+                "image_size": list(donor.input.image_size),
+                "license": donor.card.license,
+                "task": donor.card.task,
+                "source": donor.card.source,
+            }
+        )
+    joints: list[dict[str, Any] | None] = []
+    for position, fit in enumerate(fits):
+        if fit is None:
+            joints.append(None)
+            continue
+        before, after = refs[position - 1], refs[position]
+        joints.append(
+            {
+                "source": zoo[before.donor].anatomy.nodes[before.stop].to_json(),
+                "target": zoo[after.donor].anatomy.nodes[after.start].to_json(),
+                "stitch": str(fit.kind),
+                "r2": fit.r2,
+                "class_weight": fit.class_weight,
+                "prefix_r2": fit.prefix_r2,
+                "position": fit.position,
+            }
+        )
+    return {
+        "blocks": blocks,
+        "joints": joints,
+        "input": zoo[refs[0].donor].input.to_json(),
+        "crop": crop,
+        "classes": None if classes is None else list(classes),
+        "head_chs": zoo[refs[-1].donor].anatomy.nodes[refs[-1].stop].num_chs,
+    }
+
+
+def build_network(description: Mapping[str, Any], *, seed: int = 0) -> AssembledNetwork:
+    """The described network with fresh random weights, in eval mode: the donors' own initialisers.
+
+    Raises:
+        DeryError: A donor's plugin is missing, or builds another architecture than it did.
+    """
+    blocks: list[nn.Module] = []
+    stitches: list[Stitch | None] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block, joint in zip(description["blocks"], description["joints"], strict=True):
+            blocks.append(_fresh_block(block))
+            stitches.append(
+                None
+                if joint is None
+                else Stitch(
+                    Node.from_json(joint["source"]),
+                    Node.from_json(joint["target"]),
+                    StitchKind(joint["stitch"]),
+                )
+            )
+        network = AssembledNetwork(blocks, stitches)
+        classes = description["classes"]
+        if classes is not None:
+            network.head = nn.Linear(description["head_chs"], len(classes))
+    return network.eval()
+
+
+def _fresh_block(block: Mapping[str, Any]) -> nn.Module:
+    spec = parse_spec(block["spec"])
+    try:
+        plugin, card = resolve(spec)
+    except UsageError as error:
+        raise DeryError(
+            f"the assembly has a block of {spec}: {error.message}",
+            "install the plugin it came from",
+        ) from error
+    size = (block["image_size"][0], block["image_size"][1])
+    other = None if size == card.input.image_size else size
+    card = dataclasses.replace(card, input=dataclasses.replace(card.input, image_size=size))
+    model = build_model(spec, plugin, pretrained=False, image_size=other)
+    dissection = dissect_donor(model, card, spec, plugin)
+    if block["stop"] > dissection.anatomy.num_units:
+        raise DeryError(f"{spec} has no node {block['stop']} any more", "see dery zoo check")
+    # a copy of its own: two blocks of one donor may share parameters
+    return copy.deepcopy(dissection.block(block["start"], block["stop"]))
+
+
+def save_network(path: Path, network: nn.Module) -> None:
+    """Write a network's state as safetensors, contiguous and on the CPU."""
+    state = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in network.state_dict().items()
+    }
+    save_file(state, path)
+
+
+def load_state(network: nn.Module, path: Path) -> None:
+    """Read a network's state.
+
+    Raises:
+        DeryError: The file is damaged, or its names or shapes are not the network's.
+    """
+    try:
+        network.load_state_dict(load_file(path), strict=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise DeryError(
+            f"{path} does not fit the network: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedAssembly:
+    """A network from disk; unpacks as ``network, transform = load_assembly(path)``.
+
+    Args:
+        network: ``nn.Module`` in eval mode, on the CPU: images to logits (pre-logits without head).
+        transform: PIL image to the normalised tensor the network takes.
+        classes: Class names in the order of the logits, or None.
+        record: The artifact it was read from.
+    """
+
+    network: AssembledNetwork
+    transform: EvalTransform
+    classes: tuple[str, ...] | None
+    record: Artifact
+
+    def __iter__(self) -> Any:
+        return iter((self.network, self.transform))
+
+
+def find_record(path: Path) -> tuple[Path, str]:
+    """The record below a folder of an assembly or a run, and its kind.
+
+    Raises:
+        StaleError: There is none.
+    """
+    for name, kind in (("run.json", "run"), ("assembly.json", "assembly")):
+        if (path / name).is_file():
+            return path / name, kind
+        if path.name == name and path.is_file():
+            return path, kind
+    begun = any(path.glob("last-*"))  # a run's checkpoints
+    hint = f"dery finetune --name {path.name} --resume" if begun else ASSEMBLE_HINT
+    raise StaleError(f"no assembly or finished run in {path}", hint)
+
+
+def load_assembly(path: str | Path) -> LoadedAssembly:
+    """Load an assembly, or a fine-tuned run, from its folder.
+
+    Args:
+        path: ``.dery/assemblies/NAME`` or ``.dery/runs/NAME``.
+
+    Returns:
+        The network with the very parameters and buffers that were saved, and its preprocessing.
+
+    Raises:
+        StaleError: There is nothing there, or in an older format.
+        DeryError: A file is missing, damaged or altered, or a donor's plugin is not installed.
+
+    Example:
+        >>> network, transform = load_assembly(".dery/assemblies/default")
+        >>> logits = network(transform(image)[None])
+    """
+    record_path, kind = find_record(Path(path))
+    record = read_record(record_path, kind, missing=f"{path} is gone", hint=ASSEMBLE_HINT)
+    check_files(record_path, record, hint=ASSEMBLE_HINT)
+    network = build_network(record.data["network"])
+    load_state(network, record_path.parent / MODEL_FILE)
+    return loaded(network, record)
+
+
+def loaded(network: AssembledNetwork, record: Artifact) -> LoadedAssembly:
+    """A built network with what its record says of input and classes."""
+    description = record.data["network"]
+    classes = description["classes"]
+    return LoadedAssembly(
+        network=network.eval(),
+        transform=EvalTransform(InputSpec.from_json(description["input"]), description["crop"]),
+        classes=None if classes is None else tuple(classes),
+        record=record,
+    )
+
+
+def licences(zoo: Zoo, refs: Sequence[BlockRef]) -> dict[str, list[str]]:
+    """Donors by licence, for records and cards."""
+    found: dict[str, list[str]] = {}
+    for ref in refs:
+        donor: Donor = zoo[ref.donor]
+        names = found.setdefault(donor.card.license, [])
+        if donor.name not in names:
+            names.append(donor.name)
+    return found
