@@ -52,7 +52,7 @@ def fit_classifier(
         x_NC: Features.
         label_N: Class indices.
         num_classes: D.
-        folds: Cross-validation folds, fewer where a class has fewer members.
+        folds: Cross-validation folds, each with its share of every class.
     """
     label_N = label_N.cpu()
     z_NC, mean_C, scale_C = _standardised(x_NC)
