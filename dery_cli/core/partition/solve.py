@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from dery_cli.core.partition.blocks import (
     BlockTable,
@@ -102,18 +103,10 @@ class Partition:
     @property
     def admits_assembly(self) -> bool:
         """Whether one block a stage can be chosen so that all K sets occur (Eq. 9-10)."""
-        offered = [{row[k] for row in self.sets} for k in range(self.num_blocks)]
-        owner: dict[int, int] = {}
-
-        def place(stage: int, seen: set[int]) -> bool:
-            for index in offered[stage] - seen:
-                seen.add(index)
-                if index not in owner or place(owner[index], seen):
-                    owner[index] = stage
-                    return True
-            return False
-
-        return all(place(stage, set()) for stage in range(self.num_blocks))
+        offered_KK = np.zeros((self.num_blocks, self.num_blocks), bool)
+        offered_KK[np.arange(self.num_blocks), np.array(self.sets)] = True
+        stages, sets = linear_sum_assignment(offered_KK, maximize=True)
+        return bool(offered_KK[stages, sets].all())
 
 
 def partition(
