@@ -23,7 +23,7 @@ from dery_cli.commands.partition import partition
 from dery_cli.commands.sim import sim
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
-from dery_cli.runtime.launcher import is_follower
+from dery_cli.runtime.launcher import Dismissed, is_follower
 from dery_cli.runtime.terminal import current_terminal
 
 SCHEMA = "dery/1"
@@ -116,6 +116,8 @@ def _run(args: Sequence[str]) -> int:
         error = {"code": "terminated", "message": "terminated by SIGTERM", "hint": None}
     except typer.Exit as stop:
         return stop.exit_code
+    except Dismissed as over:  # not the main process: it printed nothing, its exit code says enough
+        return ExitCode.FAILED if over.code is None else over.code
     except BrokenPipeError:
         return ExitCode.FAILED
     except Exception as failure:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from dery_cli.commands import _finetune_options as opt
 from dery_cli.commands._options import Result, command, open_workspace
-from dery_cli.runtime.launcher import alone_by_mistake, precision
+from dery_cli.runtime.launcher import precision
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import show_count
 from dery_cli.training.recipe import make_config
@@ -122,17 +120,10 @@ def finetune(
         resume=resume,
         tensorboard=tensorboard,
     )
-    if (warning := alone_by_mistake()) is not None:
-        terminal.warn(warning)
-
-    from dery_cli.runtime.processes import Dismissed
     from dery_cli.stages.finetune.run import fine_tune
 
     space = open_workspace(workspace)
-    try:
-        record = fine_tune(terminal, space, request, config, device)
-    except Dismissed as over:  # not the main process: it printed nothing, its exit code says enough
-        raise typer.Exit(1 if over.code is None else over.code) from over
+    record = fine_tune(terminal, space, request, config, device)
     return _show(terminal, space.run(request.run_name), dict(record.data))
 
 

@@ -13,12 +13,15 @@ AUTO = "auto"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """Options of ``dery embed``; all but ``workers`` belong to the artifact.
+    """Options of ``dery embed``; those of ``options`` and the seed belong to the artifact.
 
     Args:
         batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
             among its options, and the size it came to among its data.
         skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
+        donors: Embed these; empty for the whole zoo.
+        dry_run: Only say what would be written.
+        threads: CPU threads of each process; None for all cores.
     """
 
     data: str
@@ -30,6 +33,10 @@ class EmbedConfig:
     crop: float = 0.95
     skip_bad: bool = False
     seed: int = 0
+    donors: tuple[str, ...] = ()
+    dry_run: bool = False
+    device: str | None = None
+    threads: int | None = None
     workers: int = 0
 
     DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "fp32")

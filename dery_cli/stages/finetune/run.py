@@ -57,7 +57,7 @@ def fine_tune(
         Dismissed: In every process but the main one, when all is over.
         DeryError: Something is wrong with the request, the data, the folder or the training.
     """
-    with open_processes(device, torch.get_num_threads()) as processes:
+    with open_processes(device, torch.get_num_threads(), terminal.warn) as processes:
         path = space.run(request.run_name) / "run.json"
         with processes.united():
             plan = _prepare(terminal, space, request, config, processes)
