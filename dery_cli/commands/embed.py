@@ -114,10 +114,7 @@ def embed(
         for name, size in found.bytes_per_donor.items():
             terminal.say(f"{name}: {show_count(size)} bytes")
         terminal.say(f"{show_count(found.bytes)} bytes in all, in {space.embeddings}")
-    elif found.up_to_date:
-        total = len(found.unchanged) + len(found.skipped)
-        terminal.say(f"all {total} embeddings are up to date")
-    else:
+    elif not found.up_to_date:
         terminal.say(
             f"embedded {len(found.embedded)} donors on {found.samples} images of {data}; "
             f"{len(found.unchanged)} were up to date"

@@ -92,12 +92,6 @@ def sim(
     from dery_cli.stages.sim.run import compare_zoo
 
     found = compare_zoo(terminal, open_workspace(workspace), config)
-    if found.seconds is None:
-        terminal.say(f"the similarity '{metric}' is up to date")
-    else:
-        terminal.say(
-            f"compared {found.nodes} nodes of {found.donors} donors in {found.seconds:.1f} s"
-        )
     pairs = found.pairs
     shown = pairs if len(pairs) <= 8 else [*pairs[:4], *pairs[-4:]]
     if shown:

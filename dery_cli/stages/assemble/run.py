@@ -17,7 +17,6 @@ from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.io.artifacts import (
     Artifact,
     Workspace,
-    read_record,
     transaction,
     unchanged,
     write_log,
@@ -34,13 +33,12 @@ from dery_cli.stages.assemble.model_card import model_card
 from dery_cli.stages.assemble.search import Assembler, frontier
 from dery_cli.stages.assemble.target import Target, choose_fit
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
-from dery_cli.stages.sim.store import require_similarity
+from dery_cli.stages.partition.store import require_partition
 from dery_cli.types import BlockRef
 from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences, save_network
 from dery_cli.zoo.plugin import find_proxy
 from dery_cli.zoo.registry import require_zoo
 
-PARTITION_HINT = "dery partition"
 LOG_FILE = "assembly.log.json"
 UNPROVEN = "the program's optimum was not proven in the time allowed"
 
@@ -141,12 +139,7 @@ def prepare(
     zoo = embeddings.zoo
     for warning in embeddings.warnings:
         terminal.warn(warning)
-    partition = read_record(
-        space.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
-    )
-    stored = require_similarity(space, embeddings, partition.options["metric"])
-    if partition.parents["similarity"] != stored.record.sha256:
-        raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
+    partition = require_partition(space, embeddings)
     if config.data is None:
         target_data = _calibration(terminal, embeddings, config.skip_bad)
     else:
@@ -170,7 +163,7 @@ def prepare(
     record = Artifact(
         kind="assembly",
         parents={
-            "partition": partition.sha256,
+            "partition": partition.record.sha256,
             "target": fingerprint(target_data.train, indices),
             **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
         },

@@ -165,6 +165,7 @@ def _embed(
             raise _of_donor(name, error)
         terminal.warn(f"{name} is left out: {error.message}")
     if not plan.todo:
+        terminal.say(f"all {len(plan.records)} embeddings are up to date")
         return
     _check_disk(space, sum(plan.sizes.values()))
     embedder = Embedder(space, config, processes, images)

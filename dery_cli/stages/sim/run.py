@@ -36,7 +36,6 @@ class Compared:
         pairs: (model, model, similarity), the most similar first: the mean over the nodes of the
             best match.
         sha256: Of the similarity's record.
-        seconds: The comparison took; None where it was up to date.
     """
 
     metric: str
@@ -44,11 +43,10 @@ class Compared:
     donors: int
     pairs: tuple[tuple[str, str, float], ...]
     sha256: str
-    seconds: float | None
 
 
 def compare_zoo(terminal: Terminal, space: Workspace, config: SimConfig) -> Compared:
-    """Compare all nodes of all donors, or find the matrix up to date.
+    """Compare all nodes of all donors, or say that the matrix is up to date.
 
     Raises:
         StaleError: The zoo is empty, or not all embedded alike.
@@ -66,9 +64,9 @@ def compare_zoo(terminal: Terminal, space: Workspace, config: SimConfig) -> Comp
             embeddings, config.metric, config.recorded(options), directional=metric.directional
         )
         started = time.monotonic()
-        seconds = None
         if unchanged(space.similarity(config.metric), record) is not None:
             stored = read_similarity(space, config.metric)
+            terminal.say(f"the similarity '{config.metric}' is up to date")
         else:
             options = dataclasses.replace(
                 options, memory=config.memory, device=str(pick_device(config.device))
@@ -79,7 +77,11 @@ def compare_zoo(terminal: Terminal, space: Workspace, config: SimConfig) -> Comp
             seconds = time.monotonic() - started
             log = {"seconds": seconds, "reused": known is not None}
             write_log(space.similarity(config.metric).with_suffix(".log.json"), log)
-    return _compared(stored, seconds)
+            terminal.say(
+                f"compared {len(stored.index)} nodes of {len(embeddings.zoo)} donors "
+                f"in {seconds:.1f} s"
+            )
+    return _compared(stored)
 
 
 def _known(space: Workspace, record: Artifact, embeddings: Embeddings) -> Known | None:
@@ -133,7 +135,7 @@ def _compute(
     return result
 
 
-def _compared(stored: StoredSimilarity, seconds: float | None) -> Compared:
+def _compared(stored: StoredSimilarity) -> Compared:
     names = list(dict.fromkeys(name for name, _ in stored.index))
     owner = {name: number for number, name in enumerate(names)}
     sim_MM = model_similarity(stored.result.clamp().double(), [owner[n] for n, _ in stored.index])
@@ -147,5 +149,4 @@ def _compared(stored: StoredSimilarity, seconds: float | None) -> Compared:
         donors=len(names),
         pairs=tuple((b, a, value) for value, a, b in pairs),
         sha256=stored.record.sha256,
-        seconds=seconds,
     )
