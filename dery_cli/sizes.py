@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 
 from dery_cli.errors import UsageError
@@ -59,6 +60,16 @@ def show_count(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.2f}{suffix}"
     return f"{value:.0f}"
+
+
+def show_shape(sides: Iterable[int]) -> str:
+    """A tensor's shape or an image's sides: (3, 224, 224) -> ``3x224x224``."""
+    return "x".join(str(side) for side in sides)
+
+
+def show_decimals(value: float | None, digits: int = 4) -> str | None:
+    """A share, score or loss: 0.87654 -> ``0.8765``; None, which tables show as a dash, stays."""
+    return None if value is None else f"{value:.{digits}f}"
 
 
 def check_name(name: str, what: str) -> str:
