@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from dery_cli.data.batches import ErrorItems, collate, raise_errors
 from dery_cli.errors import UsageError
-from dery_cli.training.items import Items, collate, raising
 from dery_cli.training.sampling import check_labels, labels_of
 
 
@@ -139,7 +139,7 @@ def evaluate(
     device = torch.device(device)
     model.to(device)
     loader = DataLoader(
-        Items(dataset),
+        ErrorItems(dataset),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
@@ -196,7 +196,7 @@ def _result(
 def _to_device(
     loader: Iterable[Any], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for images_BCHW, labels_B in raising(loader):
+    for images_BCHW, labels_B in raise_errors(loader):
         yield images_BCHW.to(device, non_blocking=True), labels_B.to(device, non_blocking=True)
 
 
