@@ -253,18 +253,6 @@ class AssemblyProblem:
         """The same problem with no budget at all."""
         return self.with_limits(**{r.name: (None, None) for r in self.resources})
 
-    def keep_edges(self, keep_E: BoolArray) -> AssemblyProblem:
-        """The same problem with the kept edges only, renumbered in their order."""
-        return dataclasses.replace(
-            self,
-            src_E=self.src_E[keep_E],
-            dst_E=self.dst_E[keep_E],
-            score_E=self.score_E[keep_E],
-            resources=tuple(
-                dataclasses.replace(r, cost_E=r.cost_E[keep_E]) for r in self.resources
-            ),
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assembly:

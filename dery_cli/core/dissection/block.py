@@ -82,8 +82,8 @@ class Finish:
 
     Args:
         values: Usually one; several where a classifier has several inputs, to be concatenated.
-        pool: Average over positions of an NCHW map, or flatten, so that (N, C) comes out.
-        vector: Whether the result is the pre-logits vector.
+        vector: Whether the result is the pre-logits vector: a map is averaged over its positions,
+            so that (N, C) comes out.
     """
 
     values: tuple[int, ...]

@@ -1,15 +1,17 @@
 """Take a model apart: its nodes, and the blocks between them.
 
 A node is a place where exactly one float tensor is alive; everything later depends on it alone
-(DeRy, section 3.1: a model as a path of blocks). No list of block names is used: ``trace``
-records what the model does, ``units`` decides where to cut, ``layout`` says what the tensor at a
-cut means, ``program`` turns the stretch between two cuts into a module.
+(DeRy, section 3.1: a model as a path of blocks). No list of block names is used. In the order in
+which to read them: ``meta`` runs a model without its numbers, ``trace`` records what it does,
+``classifier`` says where the last layers begin, ``units`` where to cut, ``layout`` what the tensor
+at a cut means; ``steps`` are the instructions between two cuts, ``block`` the module made of them.
 
 Legend: N images, C channels, H x W grid, L tokens, n units (nodes 0..n).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +31,7 @@ from dery_cli.core.dissection.steps import (
     twin_events,
     with_drops,
 )
-from dery_cli.core.dissection.trace import Call, Trace, record
+from dery_cli.core.dissection.trace import Trace, record
 from dery_cli.core.dissection.units import Cut, choose_cuts, find_cuts
 from dery_cli.errors import DeryError
 from dery_cli.types import Anatomy, Layout, Node, SharedParams
@@ -104,7 +106,7 @@ class Dissection:
         yield x
         env: dict[int, Any] = {plan.finish[0].values[0]: x.clone() if plan.changed[0] else x}
         for node in range(1, last + 1):
-            runner = Runner(plan.stages[node], Lookup(self._model))
+            runner = Runner(plan.unit_steps[node - 1], Lookup(self._model))
             runner.run(env, x.shape[0], x.device, self._model.training)
             result: torch.Tensor = plan.finish[node](env)
             order = _out_of(plan.orders[node])
@@ -192,7 +194,7 @@ class _Plan:
         self._twins(chosen, vectors)
         self._finish(chosen, vectors, geometries)
         self._costs(chosen)
-        self._program()
+        self._steps_by_unit()
 
     def _choose(self, cuts: list[Cut], nodes: Sequence[str] | None, whole: bool) -> list[Cut]:
         if whole:
@@ -260,26 +262,19 @@ class _Plan:
         ]
         self.names = ["input", *(_name(trace, cut) for cut in chosen), "pre_logits"]
 
-    def _program(self) -> None:
-        """Steps of the whole model up to the pre-logits, stage by stage, each run once."""
+    def _steps_by_unit(self) -> None:
+        """Steps of the whole model up to the pre-logits, unit by unit, each run once."""
         steps = cut_out(self.trace, self.steps, self.trace.image, self.finish[-1].values)
-        stages: list[list[Step]] = []
+        units: list[list[Step]] = []
         done: set[int] = set()
         for finish in self.finish[1:]:
             needed = cut_out(self.trace, self.steps, self.trace.image, finish.values)
             fresh = [s for s in needed if _mark(s) not in done]
             done.update(_mark(s) for s in fresh)
-            stages.append(fresh)
-        assert sum(map(len, stages)) == len(steps)
-        flat = with_drops([s for stage in stages for s in stage], self.finish[-1].values)
-        self.stages: list[list[Step]] = [[]]
-        at = 0
-        held: list[int] = []
-        for stage, finish in zip(stages, self.finish[1:], strict=True):
-            part = flat[at : at + len(stage)]
-            at += len(stage)
-            self.stages.append(part)
-            held.append(finish.values[0])
+            units.append(fresh)
+        assert sum(map(len, units)) == len(steps)
+        flat = iter(with_drops([s for unit in units for s in unit], self.finish[-1].values))
+        self.unit_steps = [list(itertools.islice(flat, len(unit))) for unit in units]
 
     def _costs(self, chosen: list[Cut]) -> None:
         trace = self.trace
@@ -383,6 +378,3 @@ def _into(order: tuple[int, ...] | None) -> torch.Tensor | None:
 def _out_of(order: tuple[int, ...] | None) -> torch.Tensor | None:
     """Index that brings the donor's tokens into raster order."""
     return None if order is None else torch.argsort(torch.tensor(order))
-
-
-__all__ = ["Call", "DissectError", "Dissection", "dissect"]

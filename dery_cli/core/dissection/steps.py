@@ -78,7 +78,7 @@ class Step:
         return [value for _, value in self.outputs] + [new for _, new in self.aliases]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
-        return self  # never changed once a program holds it
+        return self  # never changed once a block holds it
 
 
 def events(trace: Trace, opened: set[Call]) -> list[Op | Call]:

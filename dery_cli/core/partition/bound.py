@@ -12,7 +12,7 @@ since an anchor belongs to its own set. That a donor's members of a set lie on *
 only that each of them is open) is what makes the bound tight. Any lambda gives a valid bound;
 subgradient steps with Polyak's length lower it.
 
-Legend as in ``partition_blocks``; A anchors still open.
+Legend as in ``blocks``; A anchors still open.
 """
 
 from __future__ import annotations

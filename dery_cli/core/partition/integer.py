@@ -1,7 +1,7 @@
 """Eq. 2-5 as an integer program in python-mip, over a pool of anchors seen.
 
 CBC is exact only to its tolerance, so it proposes anchors; what they are worth is computed by the
-exact path programs. See ``partition_bound`` for x, y, z and the subproblem.
+exact path programs. See ``bound`` for x, y, z and the subproblem.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Heuristic answers to Eq. 2-5: alternation of two exact steps, and exact one-anchor swaps.
 
-Legend as in ``partition_blocks``: C candidate blocks, M donors, K blocks a donor and sets, R
+Legend as in ``blocks``: C candidate blocks, M donors, K blocks a donor and sets, R
 restarts solved side by side, B = M K blocks used by one answer.
 """
 

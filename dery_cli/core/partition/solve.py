@@ -6,9 +6,9 @@ S(B, B') = s(in, in') + s(out, out') (Definition 3) of every block to the anchor
 
 Legend: P nodes of the zoo, M donors, K blocks a donor and sets, R restarts, C candidate blocks.
 
-The parts: candidates and exact path programs in ``partition_blocks``, alternation and swaps in
-``partition_search``, the integer program in ``partition_program``, bound and proof in
-``partition_bound``.
+The parts, in the order in which to read them: candidates and exact path programs in ``blocks``,
+alternation and swaps in ``search``, bound and proof in ``bound``, the integer program in
+``integer``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from dery_cli.core.partition.blocks import (
     BlockTable,
@@ -102,18 +103,10 @@ class Partition:
     @property
     def admits_assembly(self) -> bool:
         """Whether one block a stage can be chosen so that all K sets occur (Eq. 9-10)."""
-        offered = [{row[k] for row in self.sets} for k in range(self.num_blocks)]
-        owner: dict[int, int] = {}
-
-        def place(stage: int, seen: set[int]) -> bool:
-            for index in offered[stage] - seen:
-                seen.add(index)
-                if index not in owner or place(owner[index], seen):
-                    owner[index] = stage
-                    return True
-            return False
-
-        return all(place(stage, set()) for stage in range(self.num_blocks))
+        offered_KK = np.zeros((self.num_blocks, self.num_blocks), bool)
+        offered_KK[np.arange(self.num_blocks), np.array(self.sets)] = True
+        stages, sets = linear_sum_assignment(offered_KK, maximize=True)
+        return bool(offered_KK[stages, sets].all())
 
 
 def partition(
@@ -140,12 +133,7 @@ def partition(
         InfeasibleError: The size limit leaves a donor no partition.
         UsageError: ``restarts`` or ``bound_steps`` below 1, ``max_seconds`` not above 0.
     """
-    if restarts < 1:
-        raise UsageError(f"--restarts {restarts} is below 1", "the default is --restarts 200")
-    if bound_steps < 1:
-        raise UsageError(f"bound steps {bound_steps} are below 1")
-    if max_seconds is not None and not max_seconds > 0:
-        raise UsageError(f"--max-seconds {max_seconds:g} is not above 0")
+    _check_options(restarts, bound_steps, max_seconds)
     stop_at = math.inf if max_seconds is None else time.monotonic() + max_seconds
 
     def out_of_time() -> bool:
@@ -195,6 +183,15 @@ def partition(
             lambda: tell("proof", incumbent.value, proof.bound),
         )
     return _result(table, incumbent.answer, proof.bound, proof.done, history)
+
+
+def _check_options(restarts: int, bound_steps: int, max_seconds: float | None) -> None:
+    if restarts < 1:
+        raise UsageError(f"--restarts {restarts} is below 1", "the default is --restarts 200")
+    if bound_steps < 1:
+        raise UsageError(f"bound steps {bound_steps} are below 1")
+    if max_seconds is not None and not max_seconds > 0:
+        raise UsageError(f"--max-seconds {max_seconds:g} is not above 0")
 
 
 def _result(

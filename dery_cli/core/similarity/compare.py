@@ -1,7 +1,8 @@
 """Similarity of every node of a zoo with every other (DESIGN.md, *Similarity*).
 
 ``similarity(features, "cka")`` takes feat_NC of P nodes and gives sim_PP. The metrics themselves
-are in ``metrics_cka`` and ``metrics_regression``, the products they share in ``gram``.
+are in ``cka`` and ``regression``, the products they share in ``gram``, their contract in
+``metric``; ``features`` pools what they compare.
 
 Legend: N samples, C channels, P nodes, M models.
 """
@@ -13,8 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dery_cli.core.similarity import cka as metrics_cka
-from dery_cli.core.similarity import regression as metrics_regression
+from dery_cli.core.similarity.cka import cka, rbf_cka
 from dery_cli.core.similarity.metric import (
     Known,
     Metric,
@@ -24,11 +24,12 @@ from dery_cli.core.similarity.metric import (
     Similarity,
     pairwise_metric,
 )
+from dery_cli.core.similarity.regression import lr, ridge
 
-CKA = Metric(name="cka", directional=False, fn=metrics_cka.cka)
-RBF_CKA = Metric(name="rbf_cka", directional=False, fn=metrics_cka.rbf_cka)
-LR = Metric(name="lr", directional=True, fn=metrics_regression.lr)
-RIDGE = Metric(name="ridge", directional=True, fn=metrics_regression.ridge)
+CKA = Metric(name="cka", directional=False, fn=cka)
+RBF_CKA = Metric(name="rbf_cka", directional=False, fn=rbf_cka)
+LR = Metric(name="lr", directional=True, fn=lr)
+RIDGE = Metric(name="ridge", directional=True, fn=ridge)
 
 __all__ = [
     "CKA",
@@ -58,7 +59,7 @@ def similarity(
 
     Args:
         features: feat_NC [N, C] of each of P nodes, the same N samples in the same random order.
-            Tensors, or readers of rows (``stream.LazyRows``): nothing else is held in memory.
+            Tensors, or whatever reads rows when sliced (``Rows``): nothing else is held in memory.
         metric: ``CKA``, ``RBF_CKA``, ``LR``, ``RIDGE`` or a plugin's.
         options: The metric's options; the defaults if left out.
         known: An earlier result with the same metric, options and samples. Pairs of nodes that it

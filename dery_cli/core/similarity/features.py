@@ -19,7 +19,7 @@ from dery_cli.types import Anatomy, Layout, Node
 
 
 class Dissected(Protocol):
-    """What is asked of ``core.dissect.Dissection``: its nodes, and their features in order."""
+    """What is asked of a ``Dissection``: its nodes, and their features in order."""
 
     @property
     def anatomy(self) -> Anatomy: ...

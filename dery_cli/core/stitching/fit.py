@@ -7,7 +7,7 @@ Ridge regression from what the assembled network really delivers at the source t
 donor saw there on the same images; the normal equations are streamed, so that the images may be
 many. Where the images have labels, what tells the classes apart may count more than the rest: plain
 regression gives up what it cannot predict well, and on a task that is new to the donors that is
-often what the task needs. ``stitch_choice`` says how much more.
+often what the task needs. ``class_weight`` says how much more.
 """
 
 from __future__ import annotations

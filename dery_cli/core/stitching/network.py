@@ -3,6 +3,10 @@
 ``AssembledNetwork`` is the module; ``NetworkBuilder`` makes networks of dissected donors: it takes
 the blocks, adds the stitches, and fits these in order, joint by joint, each on what the network so
 far really delivers. Prefixes that several candidates share are fitted once.
+
+The parts, in the order in which to read them: the layer itself in ``stitch``, the regression in
+``ridge``, the fit of a stitch with it in ``fit``, how much classes count in ``class_weight``, the
+closed-form classifier in ``probe``. ``joint_r2`` foresees fits, ``match`` trains stitches further.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from dery_cli.core.stitching.ridge import RIDGE_PENALTIES
@@ -52,7 +53,7 @@ def fit_classifier(
         x_NC: Features.
         label_N: Class indices.
         num_classes: D.
-        folds: Cross-validation folds, fewer where a class has fewer members.
+        folds: Cross-validation folds, each with its share of every class.
     """
     label_N = label_N.cpu()
     z_NC, mean_C, scale_C = _standardised(x_NC)
@@ -108,9 +109,13 @@ def _cross_validated_scores(x_NC: Tensor, y_ND: Tensor, fold_N: Tensor, folds: i
 
 
 def _best_temperature(score_ND: Tensor, label_N: Tensor) -> float:
-    grid = torch.logspace(0, 2, 41, dtype=torch.float64)
-    losses = [float(torch.nn.functional.cross_entropy(score_ND * float(t), label_N)) for t in grid]
-    return float(grid[min(range(len(losses)), key=losses.__getitem__)])
+    """The factor from 1 to 100 of the lowest cross-entropy, which is convex in it."""
+
+    def loss(factor: float) -> float:
+        return float(torch.nn.functional.cross_entropy(score_ND * factor, label_N))
+
+    found = minimize_scalar(loss, bounds=(1.0, 100.0), method="bounded", options={"xatol": 1e-3})
+    return float(found.x)
 
 
 def probe_accuracy(x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int = 5) -> float:

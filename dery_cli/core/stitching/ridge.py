@@ -132,7 +132,7 @@ class RidgeStatistics:
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
-        self.groups, self.in_chs, self.out_chs = groups, in_chs, out_chs
+        self.groups = groups
         self.cell_G = torch.tensor(cells or [0] * groups, device=self.device)
         num_cells = int(self.cell_G.max()) + 1
         self.folds = [

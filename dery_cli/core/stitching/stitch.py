@@ -1,4 +1,4 @@
-"""Stitches: the layer that joins two blocks of different donors. ``stitch_fit`` fits it.
+"""Stitches: the layer that joins two blocks of different donors. ``fit`` fits it.
 
 Legend: N images, G grid positions, T prefix tokens, C source channels, D target channels.
 

@@ -357,6 +357,23 @@ def test_one_stage_in_every_set_admits_no_assembly():
     assert Partition(sets=((0, 1), (0, 1)), **fields).members(1) == ((0, 1), (1, 1))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_an_assembly_is_admitted_where_some_order_of_sets_is_offered(seed):
+    rng = np.random.default_rng(seed)
+    donors, stages = int(rng.integers(1, 4)), int(rng.integers(2, 6))
+    sets = tuple(tuple(row) for row in rng.integers(stages, size=(donors, stages)).tolist())
+    fields = dict.fromkeys(
+        ("cuts", "similarity", "objective", "upper_bound", "gap", "optimal", "forced", "history")
+    )
+    anchors = ((0, 0, 1),) * stages
+    offered = [{row[k] for row in sets} for k in range(stages)]
+    possible = any(
+        all(index in offered[k] for k, index in enumerate(order))
+        for order in itertools.permutations(range(stages))
+    )
+    assert Partition(sets=sets, anchors=anchors, **fields).admits_assembly is possible
+
+
 def test_k_of_one_and_k_of_all_units():
     one = partition(make_problem((4, 3), num_blocks=1))
     assert one.cuts == ((0, 4), (0, 3))

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dery_cli.core.stitching import joint_r2 as joints
-from dery_cli.core.stitching.joint_r2 import joint_r2
-from dery_cli.core.stitching.probe import fit_classifier, probe_accuracy, stratified_folds
 from dery_cli.core.stitching.ridge import RIDGE_PENALTIES, RidgeStatistics
-from dery_cli.types import Layout, Node
 
 
 def _data(n=60, g=3, c=5, d=4, noise=0.1, seed=0):
@@ -129,64 +125,6 @@ def test_constant_features_give_zero_weights_and_no_nan():
     assert fit.r2 <= 0.0
 
 
-def test_folds_are_balanced_within_every_class():
-    labels = torch.tensor([0] * 10 + [1] * 15 + [2] * 5)
-    folds = stratified_folds(labels, 5)
-    for label, size in ((0, 2), (1, 3), (2, 1)):
-        assert [int((folds[labels == label] == f).sum()) for f in range(5)] == [size] * 5
-
-
-def test_classifier_separates_what_is_linear_and_not_what_is_noise():
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.arange(300) % 3
-    centres = 4 * torch.eye(3, 6)
-    x = centres[labels] + torch.randn(300, 6, generator=generator)
-    fitted = fit_classifier(x, labels, 3)
-    assert fitted.accuracy > 0.95
-    logits = x.double() @ fitted.weight_CD + fitted.bias_D
-    assert float((logits.argmax(1) == labels).double().mean()) > 0.95
-    noise = torch.randn(300, 6, generator=generator)
-    assert probe_accuracy(noise, labels, 3) < 0.5
-
-
-def test_classifier_does_not_depend_on_the_scale_of_a_channel():
-    generator = torch.Generator().manual_seed(2)
-    labels = torch.arange(120) % 4
-    x = torch.eye(4, 8)[labels] + 0.3 * torch.randn(120, 8, generator=generator)
-    scales = torch.logspace(-4, 4, 8)
-    one, other = fit_classifier(x, labels, 4), fit_classifier(x * scales, labels, 4)
-    assert one.accuracy == other.accuracy
-    logits = x.double() @ one.weight_CD + one.bias_D
-    scaled = (x * scales).double() @ other.weight_CD + other.bias_D
-    assert torch.allclose(logits, scaled, atol=1e-4)
-
-
-def test_more_channels_than_samples():
-    labels = torch.arange(30) % 2
-    x = torch.randn(30, 200, generator=torch.Generator().manual_seed(3))
-    x[:, 0] += 6 * labels
-    assert probe_accuracy(x, labels, 2) > 0.6
-
-
-def _node(layout, shape, grid, index=1):
-    return Node(index=index, name="n", layout=layout, shape=shape, grid=grid)
-
-
-@pytest.mark.parametrize("layout", [Layout.NCHW, Layout.NLC])
-def test_joint_r2_equals_the_single_fit(layout):
-    x, y, _, _ = _data(n=64, g=4, c=5, d=3, noise=0.5)
-    source = _node(Layout.NCHW, (5, 2, 2), (2, 2))
-    shape = (3, 2, 2) if layout is Layout.NCHW else (4, 3)
-    target = _node(layout, shape, (2, 2))
-    other = (_node(Layout.NCHW, (2, 2, 2), (2, 2)), torch.randn(64, 4, 2))
-    statistics = RidgeStatistics(4, 5, 3)
-    statistics.update(x, y, torch.arange(64) % 4)
-    expected = statistics.solve(position_bias=layout is Layout.NLC).r2
-    found = joint_r2(source, x, {7: (target, y), 9: other})
-    assert found[7] == pytest.approx(expected, abs=1e-9)
-    assert found[9] < 0.1
-
-
 def test_statistics_that_grow_after_a_fit_are_fitted_anew():
     x, y, _, _ = _data(noise=1.0)
     fold = torch.arange(len(x)) % 4
@@ -198,15 +136,3 @@ def test_statistics_that_grow_after_a_fit_are_fitted_anew():
     whole.update(x[32:], y[32:], fold[32:])
     fits = [s.solve(position_bias=False) for s in (grown, whole)]
     assert torch.equal(fits[0].weight_CD, fits[1].weight_CD)
-
-
-@pytest.mark.parametrize("room", [1, 8 * 5 * 6 * 4])
-def test_joint_r2_does_not_depend_on_how_many_targets_fit_in_memory(monkeypatch, room):
-    x, y, _, _ = _data(n=64, g=4, c=5, d=3, noise=0.5)
-    source = _node(Layout.NCHW, (5, 2, 2), (2, 2))
-    targets = {
-        k: (_node(Layout.NCHW, (3, 2, 2), (2, 2)), y + k * torch.randn(64, 4, 3)) for k in range(5)
-    }
-    whole = joint_r2(source, x, targets)
-    monkeypatch.setattr(joints, "MOMENT_BYTES", room)
-    assert joint_r2(source, x, targets) == pytest.approx(whole, abs=1e-12)

@@ -1,0 +1,64 @@
+"""The closed-form classifier: folds, accuracy, scale and temperature."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from dery_cli.core.stitching.probe import fit_classifier, probe_accuracy, stratified_folds
+
+
+def test_folds_are_balanced_within_every_class():
+    labels = torch.tensor([0] * 10 + [1] * 15 + [2] * 5)
+    folds = stratified_folds(labels, 5)
+    for label, size in ((0, 2), (1, 3), (2, 1)):
+        assert [int((folds[labels == label] == f).sum()) for f in range(5)] == [size] * 5
+
+
+def test_classifier_separates_what_is_linear_and_not_what_is_noise():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(300) % 3
+    centres = 4 * torch.eye(3, 6)
+    x = centres[labels] + torch.randn(300, 6, generator=generator)
+    fitted = fit_classifier(x, labels, 3)
+    assert fitted.accuracy > 0.95
+    logits = x.double() @ fitted.weight_CD + fitted.bias_D
+    assert float((logits.argmax(1) == labels).double().mean()) > 0.95
+    noise = torch.randn(300, 6, generator=generator)
+    assert probe_accuracy(noise, labels, 3) < 0.5
+
+
+def test_classifier_does_not_depend_on_the_scale_of_a_channel():
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(120) % 4
+    x = torch.eye(4, 8)[labels] + 0.3 * torch.randn(120, 8, generator=generator)
+    scales = torch.logspace(-4, 4, 8)
+    one, other = fit_classifier(x, labels, 4), fit_classifier(x * scales, labels, 4)
+    assert one.accuracy == other.accuracy
+    logits = x.double() @ one.weight_CD + one.bias_D
+    scaled = (x * scales).double() @ other.weight_CD + other.bias_D
+    assert torch.allclose(logits, scaled, atol=1e-4)
+
+
+def test_more_channels_than_samples():
+    labels = torch.arange(30) % 2
+    x = torch.randn(30, 200, generator=torch.Generator().manual_seed(3))
+    x[:, 0] += 6 * labels
+    assert probe_accuracy(x, labels, 2) > 0.6
+
+
+def test_the_temperature_gives_the_lowest_held_out_cross_entropy():
+    """One binary feature that is wrong for an eighth of every fold.
+
+    Whatever the penalty has left of the scores, the best factor makes the odds 7 to 1.
+    """
+    wrong = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1] * 200)
+    label = torch.arange(1600) // 800
+    feature = torch.where(wrong == 1, 1 - label, label)
+    fitted = fit_classifier(feature[:, None].float(), label, 2)
+    logit = torch.tensor([[0.0], [1.0]], dtype=torch.float64) @ fitted.weight_CD + fitted.bias_D
+    expected = torch.logit(torch.tensor(7 / 8, dtype=torch.float64))
+    assert abs(float(logit[1, 1] - logit[1, 0] - expected)) < 5e-3
+    scores = feature[:, None].double() @ fitted.weight_CD + fitted.bias_D
+    losses = [float(cross_entropy(scores * factor, label)) for factor in (0.97, 1.0, 1.03)]
+    assert losses[1] < min(losses[0], losses[2])
