@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from dery_cli.core.scoring import score_batch
 from dery_cli.data.batches import ErrorItems, collate, raise_errors
 from dery_cli.errors import UsageError
 from dery_cli.training.sampling import check_labels, labels_of
@@ -83,14 +83,6 @@ class Tally:
     @property
     def mean_loss(self) -> float:
         return self.loss / self.images
-
-
-def score_batch(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Per image: label, guess, cross entropy, and whether the label is among the first five."""
-    logits_BK = logits_BK.float()
-    first_BT = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
-    loss_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
-    return labels_B, first_BT[:, 0], loss_B, (first_BT == labels_B[:, None]).any(dim=1)
 
 
 @contextlib.contextmanager

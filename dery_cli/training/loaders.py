@@ -11,8 +11,9 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from dery_cli.core.scoring import score_batch
 from dery_cli.data.batches import ErrorItems, collate, raise_errors
-from dery_cli.training.evaluate import Tally, check_logits, evaluating, score_batch
+from dery_cli.training.evaluate import Tally, check_logits, evaluating
 from dery_cli.training.plan import Plan
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.sampling import SeededDataset, StreamSampler

@@ -21,7 +21,7 @@ import torch
 import dery_demo
 from dery_cli import dissect
 from dery_cli.core.dissection.dissect import Dissection
-from dery_cli.core.proxies import pre_logits
+from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.match import match_features
 from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder, linear_head
 from dery_cli.core.stitching.probe import fit_classifier
@@ -87,10 +87,10 @@ def build(
     network = copy.deepcopy(builder.build(blocks).network)
     if way == "match":
         whole = donors[blocks[-1].donor].block(0, blocks[-1].stop).eval()
-        wanted = pre_logits(whole, images)
+        wanted = network_outputs(whole, images)
         match_features(network, torch.cat(images), wanted, seed=seed)
     images, labels = rest
-    head = fit_classifier(pre_logits(network, images), torch.tensor(labels), len(classes))
+    head = fit_classifier(network_outputs(network, images), torch.tensor(labels), len(classes))
     network.head = linear_head(head)
     return network.eval()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from dery_cli.core.proxies import pre_logits
+from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.network import AssembledNetwork, linear_head
 from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.batches import ImageBatches, as_dataset
@@ -130,7 +130,7 @@ def whole_donor(
             if advance is not None:
                 advance(len(x_NCHW))
 
-    x_NC = pre_logits(network, told())
+    x_NC = network_outputs(network, told())
     if not torch.isfinite(x_NC).all():
         raise NotFiniteError(
             f"{donor.name} has NaN or infinite features on {data.spec}",
