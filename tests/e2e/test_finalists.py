@@ -10,7 +10,8 @@ import torch
 import dery_demo
 from dery_cli import dissect
 from dery_cli.core.scoring import network_outputs
-from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.stitching.head import linear_head
+from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
 from dery_cli.core.stitching.probe import fit_classifier, stratified_folds
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.sets import open_data

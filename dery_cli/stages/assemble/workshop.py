@@ -10,14 +10,13 @@ from torch import Tensor
 
 from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.core.stitching.head import fit_head
 from dery_cli.core.stitching.match import Match, match_features
 from dery_cli.core.stitching.network import (
     AssembledNetwork,
     BuiltNetwork,
     NetworkBuilder,
-    linear_head,
 )
-from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.batches import ImageStore
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.target import DonorPool, Target
@@ -88,9 +87,7 @@ class Workshop:
         match = self._match(network, refs)
         labels, num_classes = self.target.labels, self.target.num_classes
         if labels is not None and num_classes is not None:
-            x_NC = network_outputs(network, self.view(refs[0].donor))
-            classifier = fit_classifier(x_NC, torch.tensor(labels), num_classes)
-            network.head = linear_head(classifier).to(self.target.device)
+            fit_head(network, self.view(refs[0].donor), labels, num_classes)
         return Delivered(network.eval(), built.fits, match)
 
     def _match(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> Match | None:

@@ -19,7 +19,7 @@ from dery_cli.runtime.terminal import GrowingTable, Terminal
 from dery_cli.stages.finetune.start import (
     Splits,
     Start,
-    load_whole_donor,
+    load_donor_weights,
     make_splits,
     start_from_assembly,
     start_from_donor,
@@ -181,7 +181,7 @@ def _train(
     run_dir: Path,
 ) -> _Trained:
     if request.donor is not None:
-        load_whole_donor(
+        load_donor_weights(
             terminal,
             space,
             request.donor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from dery_cli.core.scoring import network_outputs
-from dery_cli.core.stitching.network import AssembledNetwork, linear_head
-from dery_cli.core.stitching.probe import fit_classifier
+from dery_cli.core.stitching.head import NotFiniteError
 from dery_cli.data.batches import ImageBatches, as_dataset
 from dery_cli.data.samples import fingerprint
 from dery_cli.data.sets import DataSet, ImageDataset
 from dery_cli.data.splits import stratified_holdout
-from dery_cli.errors import DeryError, UsageError
+from dery_cli.errors import UsageError
 from dery_cli.io.artifacts import Artifact, Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.training.augment import train_transform
@@ -30,8 +27,8 @@ from dery_cli.zoo.networks import (
     load_assembly,
     loaded,
 )
-from dery_cli.zoo.registry import load_donor, require_zoo
-from dery_cli.zoo.whole import whole_cost, whole_model
+from dery_cli.zoo.registry import require_zoo
+from dery_cli.zoo.whole import WholeDonor, fit_whole_donor, whole_block, whole_cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,26 +67,7 @@ def start_from_assembly(workspace: Workspace, name: str, *, scratch: bool, seed:
     return Start(assembly=assembly, parent=assembly.record.sha256, name=label)
 
 
-class NotFiniteError(DeryError):
-    """A donor's features on the target's images are NaN or infinite."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WholeDonor:
-    """A whole donor with a closed-form head for the target.
-
-    Args:
-        donor: From the zoo.
-        network: On the device it was fitted on, in eval mode.
-        accuracy: Cross-validated, of the head on the images it was fitted on.
-    """
-
-    donor: Donor
-    network: AssembledNetwork
-    accuracy: float
-
-
-def whole_donor(
+def fit_donor(
     workspace: Workspace,
     donor: Donor,
     data: DataSet,
@@ -98,9 +76,9 @@ def whole_donor(
     crop: float,
     device: torch.device,
     workers: int = 0,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], None],
 ) -> WholeDonor:
-    """Fit a head for the target to a donor's last features, in one pass over some images.
+    """A whole donor with a head fitted to some of the target's training images.
 
     Args:
         workspace: Of the zoo.
@@ -116,37 +94,32 @@ def whole_donor(
         NotFiniteError: Its features are not finite.
         DeryError: Its weights changed.
     """
-    assert data.classes is not None
-    dissection = load_donor(donor, workspace, device=device)
-    block = copy.deepcopy(dissection.block(0, dissection.anatomy.num_units))
-    network = AssembledNetwork([block], [None]).eval()
     batches = ImageBatches(
         data.train, indices, donor.input, crop=crop, batch_size=64, device=device, workers=workers
     )
+    assert batches.labels is not None
+    assert data.classes is not None
 
     def told() -> Iterator[torch.Tensor]:
         for x_NCHW in batches:
             yield x_NCHW
-            if advance is not None:
-                advance(len(x_NCHW))
+            advance(len(x_NCHW))
 
-    x_NC = network_outputs(network, told())
-    if not torch.isfinite(x_NC).all():
+    try:
+        return fit_whole_donor(
+            donor, workspace, told(), batches.labels, len(data.classes), device=device
+        )
+    except NotFiniteError as error:
         raise NotFiniteError(
             f"{donor.name} has NaN or infinite features on {data.spec}",
             f"dery zoo remove {donor.name}",
-        )
-    labels = batches.labels
-    assert labels is not None
-    classifier = fit_classifier(x_NC, torch.tensor(labels), len(data.classes))
-    network.head = linear_head(classifier).to(device)
-    return WholeDonor(donor=donor, network=network, accuracy=classifier.accuracy)
+        ) from error
 
 
 def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float) -> Start:
     """A whole donor with a head for the target: the control an assembly has to beat.
 
-    Its weights are random until ``load_whole_donor``, which is not needed for a run that is there.
+    Its weights are random until ``load_donor_weights``: a run that is there does not need them.
 
     Raises:
         UsageError: No such donor, or data without labels.
@@ -162,7 +135,7 @@ def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float
         data={
             "network": describe_network(
                 zoo,
-                [whole_model(zoo, name)],
+                [whole_block(zoo, name)],
                 [None],
                 classes=data.classes,
                 crop=crop,
@@ -178,7 +151,7 @@ def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float
     return Start(assembly=assembly, parent=record.sha256, name=f"whole {name}")
 
 
-def load_whole_donor(
+def load_donor_weights(
     terminal: Terminal,
     workspace: Workspace,
     name: str,
@@ -194,7 +167,7 @@ def load_whole_donor(
         DeryError: The weights changed, or the features are not finite.
     """
     with terminal.progress(f"fitting {name}", len(data.train)) as bar:
-        whole = whole_donor(
+        whole = fit_donor(
             workspace,
             require_zoo(workspace)[name],
             data,

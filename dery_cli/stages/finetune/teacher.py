@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
+from dery_cli.core.stitching.head import NotFiniteError
 from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, UsageError
@@ -17,17 +18,16 @@ from dery_cli.io.artifacts import Workspace, canonical_json, read_record
 from dery_cli.runtime.processes import Processes
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.finetune.start import (
-    NotFiniteError,
     Splits,
     Start,
-    WholeDonor,
     difference,
-    whole_donor,
+    fit_donor,
 )
 from dery_cli.training.distill import Teacher
 from dery_cli.types import Donor
 from dery_cli.zoo.networks import find_record, load_assembly
 from dery_cli.zoo.registry import Zoo, require_zoo
+from dery_cli.zoo.whole import WholeDonor
 
 BEST = "best"
 SAMPLES = 2048
@@ -149,7 +149,7 @@ def load_teacher(
     indices = sorted(splits.kept[place] for place in places)
 
     def fitted(donor: Donor, advance: Callable[[int], None]) -> WholeDonor:
-        return whole_donor(
+        return fit_donor(
             workspace,
             donor,
             data,
