@@ -16,11 +16,10 @@ from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
+from dery_cli.stages.finetune.splits import Splits, make_splits
 from dery_cli.stages.finetune.start import (
-    Splits,
     Start,
     load_donor_weights,
-    make_splits,
     start_from_assembly,
     start_from_donor,
 )

@@ -1,24 +1,19 @@
-"""What fine-tuning starts from: the network, and the target's images in three parts."""
+"""What fine-tuning starts from: an assembly, its bare architecture, or a whole donor."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from dery_cli.core.stitching.head import NotFiniteError
-from dery_cli.data.batches import ImageBatches, as_dataset
-from dery_cli.data.samples import fingerprint
-from dery_cli.data.sets import DataSet, ImageDataset
-from dery_cli.data.splits import stratified_holdout
+from dery_cli.data.batches import ImageBatches
+from dery_cli.data.classes import training_labels
+from dery_cli.data.sets import DataSet
 from dery_cli.errors import UsageError
 from dery_cli.io.artifacts import Artifact, Workspace
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.training.augment import train_transform
-from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.types import Donor
 from dery_cli.zoo.networks import (
     LoadedAssembly,
@@ -126,7 +121,7 @@ def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float
     """
     zoo = require_zoo(workspace)
     donor = zoo[name]
-    check_labelled(data)
+    training_labels(data)
     assert data.classes is not None
     cost = whole_cost(zoo, name, len(data.classes))
     record = Artifact(
@@ -178,92 +173,3 @@ def load_donor_weights(
             advance=bar.advance,
         )
     start.assembly.network.load_state_dict(whole.network.state_dict())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Splits:
-    """The target's images as the training loop takes them.
-
-    Args:
-        train: Augmented.
-        valid: Chosen on; None where nothing is held out.
-        test: Reported on; None where there are none.
-        digest: Hash of the training images and the split.
-        valid_fraction: Share held out to choose on.
-        kept: Which of the target's training images are trained on.
-        target: Data spec.
-        target_skip_bad: Whether broken images are left out of these data.
-    """
-
-    train: Dataset[Any]
-    valid: Dataset[Any] | None
-    test: Dataset[Any] | None
-    digest: str
-    valid_fraction: float
-    kept: tuple[int, ...]
-    target: str
-    target_skip_bad: bool
-
-
-def make_splits(
-    data: DataSet, start: Start, config: FinetuneConfig, valid_fraction: float
-) -> Splits:
-    """Split the target by seed and attach the preprocessing.
-
-    Raises:
-        UsageError: The data have no labels, or other classes than the network's head.
-    """
-    labels = check_labelled(data)
-    check_classes(data, start.assembly.classes)
-    kept = list(range(len(data.train)))
-    held_out: list[int] = []
-    if valid_fraction > 0:
-        kept, held_out = stratified_holdout(labels, fraction=valid_fraction, seed=config.seed)
-    transform = start.assembly.transform
-    augmented = train_transform(transform.input, config, transform.crop)
-    return Splits(
-        train=as_dataset(ImageDataset(data.train, augmented, kept)),
-        valid=as_dataset(ImageDataset(data.train, transform, held_out)) if held_out else None,
-        test=None if data.test is None else as_dataset(ImageDataset(data.test, transform)),
-        digest=fingerprint(data.train, [*kept, *held_out]),
-        valid_fraction=valid_fraction,
-        kept=tuple(kept),
-        target=data.spec,
-        target_skip_bad=data.skip_bad,
-    )
-
-
-def check_labelled(data: DataSet) -> Sequence[int]:
-    """The labels of the training images.
-
-    Raises:
-        UsageError: There are none.
-    """
-    if data.classes is None or data.train.labels is None:
-        raise UsageError(f"{data.spec} has no labels to fine-tune on", "give class folders")
-    return data.train.labels
-
-
-def check_classes(data: DataSet, classes: Sequence[str] | None) -> None:
-    """Refuse data whose classes are not those of the network's head.
-
-    Raises:
-        UsageError: They differ; the message names some.
-    """
-    if classes is None or data.classes is None or tuple(data.classes) == tuple(classes):
-        return
-    raise UsageError(
-        f"{data.spec} has other classes than the network: {difference(data.classes, classes)}",
-        "assemble for these data: dery assemble --data SPEC",
-    )
-
-
-def difference(classes: Sequence[str], others: Sequence[str]) -> str:
-    """What tells the first class names from the second, in words."""
-    new = [name for name in classes if name not in others]
-    missing = [name for name in others if name not in classes]
-    return (_some("new", new) + _some("missing", missing)).strip() or "the same in another order"
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    return f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} " if names else ""

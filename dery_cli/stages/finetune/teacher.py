@@ -11,16 +11,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 from dery_cli.core.stitching.head import NotFiniteError
+from dery_cli.data.classes import class_difference
 from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io.artifacts import Workspace, canonical_json, read_record
 from dery_cli.runtime.processes import Processes
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.stages.finetune.splits import Splits
 from dery_cli.stages.finetune.start import (
-    Splits,
     Start,
-    difference,
     fit_donor,
 )
 from dery_cli.training.distill import Teacher
@@ -114,7 +114,7 @@ def _check_network(workspace: Workspace, name: str, classes: Sequence[str]) -> s
     if tuple(taught) != tuple(classes):
         raise UsageError(
             f"the teacher {name} tells other classes apart than the run: "
-            f"{difference(taught, classes)}",
+            f"{class_difference(taught, classes)}",
             "--teacher best, or a network made for these data",
         )
     return record.sha256
