@@ -54,9 +54,9 @@ def evaluate(
     folder = _find(open_workspace(workspace), what)
 
     from dery_cli.data.batches import as_dataset
+    from dery_cli.data.classes import check_classes
     from dery_cli.data.samples import SEEN, held_out_anew
     from dery_cli.runtime.devices import pick_device
-    from dery_cli.stages.finetune.start import check_classes
     from dery_cli.training.evaluate import evaluate as score
     from dery_cli.zoo.networks import load_assembly
 

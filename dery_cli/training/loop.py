@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from dery_cli.data.batches import raise_errors
 from dery_cli.errors import DeryError
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
-from dery_cli.training.items import raising
 from dery_cli.training.launch import (
     agree_on_signal,
     locked,
@@ -207,7 +207,7 @@ class _Run:
     def go(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool]) -> None:
         """Train to the end, or until ``stop``."""
         loader = train_loader(self.accelerator, self.train, self.plan, self.config, self.step)
-        batches = raising(loader)
+        batches = raise_errors(loader)
         try:
             self._train(batches, progress, stop)
         finally:

@@ -49,7 +49,7 @@ from dery_cli.stages.embed.store import Embeddings
 from dery_cli.stages.partition.store import StoredPartition
 from dery_cli.types import BlockRef, StitchKind
 from dery_cli.zoo.registry import Zoo
-from dery_cli.zoo.whole import whole_cost, whole_model
+from dery_cli.zoo.whole import whole_block, whole_cost
 
 Progress = Callable[[str, int], AbstractContextManager[Any]]
 """Opens a progress bar: what is done, and in how many steps."""
@@ -246,7 +246,7 @@ class Assembler:
         for name, donor in self.zoo.donors.items():
             if self.config.donors.reasons(donor):
                 continue
-            ref = whole_model(self.zoo, name)
+            ref = whole_block(self.zoo, name)
             cost = whole_cost(self.zoo, name, self.target.num_classes)
             found.append(
                 Candidate(

@@ -16,11 +16,10 @@ from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
+from dery_cli.stages.finetune.splits import Splits, make_splits
 from dery_cli.stages.finetune.start import (
-    Splits,
     Start,
-    load_whole_donor,
-    make_splits,
+    load_donor_weights,
     start_from_assembly,
     start_from_donor,
 )
@@ -181,7 +180,7 @@ def _train(
     run_dir: Path,
 ) -> _Trained:
     if request.donor is not None:
-        load_whole_donor(
+        load_donor_weights(
             terminal,
             space,
             request.donor,
