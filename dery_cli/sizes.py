@@ -49,6 +49,11 @@ def parse_time(text: str, option: str) -> int:
     return int(value)
 
 
+def within(total: int, minimum: int | None, maximum: int | None) -> bool:
+    """Whether a total keeps both limits, to the unit; None where there is none."""
+    return (minimum is None or total >= minimum) and (maximum is None or total <= maximum)
+
+
 def show_time(nanoseconds: float) -> str:
     """A time in milliseconds, as reports write it: 8_123_456 -> ``8.123 ms``."""
     return f"{nanoseconds / 1e6:,.3f} ms"

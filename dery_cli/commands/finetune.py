@@ -7,9 +7,10 @@ from typing import Any
 
 from dery_cli.commands import _finetune_options as opt
 from dery_cli.commands._options import Result, command, open_workspace
+from dery_cli.commands._tables import COST_COLUMNS, cost_cells
 from dery_cli.runtime.launcher import precision
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count
+from dery_cli.sizes import show_decimals
 from dery_cli.training.recipe import make_config
 from dery_cli.training.request import FinetuneRequest, check_distillation
 
@@ -128,21 +129,17 @@ def finetune(
 
 
 def _show(terminal: Terminal, folder: Path, data: dict[str, Any]) -> Result:
-    def shown(value: float | None) -> str | None:
-        return None if value is None else f"{value:.4f}"
-
     terminal.table(
         None,
-        ["run", "start", "params", "multiply-adds", "updates", "test top-1 before", "after"],
+        ["run", "start", *COST_COLUMNS, "updates", "test top-1 before", "after"],
         [
             [
                 folder.name,
                 data["start"],
-                show_count(data["params"]),
-                show_count(data["flops"]),
+                *cost_cells(data["params"], data["flops"]),
                 data["best"]["steps"],
-                shown(data["test_top1_before"]),
-                shown(data["test_top1"]),
+                show_decimals(data["test_top1_before"]),
+                show_decimals(data["test_top1"]),
             ]
         ],
     )
