@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from dery_cli.errors import UsageError
@@ -59,6 +59,13 @@ def show_time(nanoseconds: float) -> str:
     return f"{nanoseconds / 1e6:,.3f} ms"
 
 
+def show_duration(seconds: float) -> str:
+    """A time to wait: 3723 -> ``1:02:03``, 123 -> ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def show_count(value: float) -> str:
     """A count as people write it: 24_890_000 -> ``24.89M``."""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -70,6 +77,14 @@ def show_count(value: float) -> str:
 def show_shape(sides: Iterable[int]) -> str:
     """A tensor's shape or an image's sides: (3, 224, 224) -> ``3x224x224``."""
     return "x".join(str(side) for side in sides)
+
+
+def show_range(values: Sequence[float]) -> str | None:
+    """From the first value to the last: [4, 8, 32] -> ``4..32``; None without any."""
+    if not values:
+        return None
+    first, last = f"{values[0]:g}", f"{values[-1]:g}"
+    return first if first == last else f"{first}..{last}"
 
 
 def show_decimals(value: float | None, digits: int = 4) -> str | None:

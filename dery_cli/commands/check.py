@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from dery_cli.commands._tables import (
 )
 from dery_cli.errors import DeryError
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_range
 from dery_cli.stages.zoo.check import check_models
 from dery_cli.stages.zoo.config import CheckConfig
 
@@ -84,7 +85,7 @@ def _show(terminal: Terminal, reports: dict[str, Report], *, details: bool) -> N
             terminal.say(f"{spec} is whole only: {report.whole_only}")
 
 
-def _row(spec: str, report: Report) -> list[Any]:
+def _row(spec: str, report: Report) -> list[object]:
     result = "FAILED" if not report.ok else "ok" if report.whole_only is None else "whole only"
     anatomy = report.anatomy
     if anatomy is None:
@@ -94,17 +95,10 @@ def _row(spec: str, report: Report) -> list[Any]:
         result,
         anatomy.num_units,
         "/".join(report.layouts()) or None,
-        _range(report.strides()),
-        _range(report.tokens()),
+        show_range(report.strides()),
+        show_range(report.tokens()),
         *whole_cost_cells(anatomy),
     ]
-
-
-def _range(values: list[Any]) -> str | None:
-    if not values:
-        return None
-    first, last = f"{values[0]:g}", f"{values[-1]:g}"
-    return first if first == last else f"{first}..{last}"
 
 
 def _nodes(terminal: Terminal, spec: str, report: Report) -> None:

@@ -16,6 +16,7 @@ from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
+from dery_cli.sizes import show_duration
 from dery_cli.stages.finetune.splits import Splits, make_splits
 from dery_cli.stages.finetune.start import (
     Start,
@@ -341,12 +342,5 @@ def _cells(now: Progress, report: Mapping[str, Any]) -> list[str]:
         f"{report['train_loss']:.4f}",
         *scores,
         f"{now.images_per_second:.0f}",
-        "-" if now.eta is None else _duration(now.eta),
+        "-" if now.eta is None else show_duration(now.eta),
     ]
-
-
-def _duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
