@@ -21,6 +21,7 @@ from dery_cli.data.sets import ImageDataset, open_checked
 from dery_cli.errors import StaleError, UsageError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import check_at_least
 
 SPLITS = ("test", "train")
 
@@ -49,8 +50,7 @@ def evaluate(
     """Report top-1 and top-5 accuracy, accuracy per class, and images per second."""
     if split not in SPLITS:
         raise UsageError(f"--split is '{split}'", f"choose from {', '.join(SPLITS)}")
-    if batch_size < 1:
-        raise UsageError(f"--batch-size is {batch_size}; it must be at least 1")
+    check_at_least("--batch-size", batch_size)
     folder = _find(open_workspace(workspace), what)
 
     from dery_cli.data.batches import as_dataset
