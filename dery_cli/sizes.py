@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -13,6 +14,9 @@ _SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
 _TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*")
 _TIME_UNITS = {"us": 3, "ms": 6, "s": 9}
+
+LARGEST = 2**31 - 1
+"""More than any option has a use for; beyond it arithmetic and allocations would fail."""
 
 
 def parse_size(text: str, option: str) -> int:
@@ -106,13 +110,63 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_at_least(option: str, value: float, minimum: float = 1) -> None:
-    """Refuse an option's value below ``minimum``.
+    """Refuse an option's value below ``minimum``, not finite, or above ``LARGEST``.
 
     Raises:
         UsageError: It is.
     """
-    if value < minimum:
-        raise UsageError(f"{option} is {value}; it must be at least {minimum:g}")
+    _check_limits(option, value, value >= minimum, f"at least {_show(minimum)}", LARGEST)
+
+
+def check_above(option: str, value: float, bound: float = 0) -> None:
+    """Refuse an option's value that is not above ``bound``, not finite, or above ``LARGEST``.
+
+    Raises:
+        UsageError: It is.
+    """
+    _check_limits(option, value, value > bound, f"above {_show(bound)}", LARGEST)
+
+
+def check_between(
+    option: str, value: float, low: float, high: float, *, below: bool = False
+) -> None:
+    """Refuse an option's value outside of ``low`` to ``high``, or not finite.
+
+    Args:
+        option: What the user calls it.
+        value: Of the option.
+        low: Smallest value.
+        high: Largest value.
+        below: ``high`` itself is refused too.
+
+    Raises:
+        UsageError: It is.
+    """
+    inside = low <= value < high if below else low <= value <= high
+    upper = f"below {_show(high)}" if below else f"at most {_show(high)}"
+    _check_limits(option, value, inside, f"at least {_show(low)} and {upper}", high)
+
+
+def check_seed(seed: int, option: str = "--seed") -> None:
+    """Refuse a seed that Python, numpy or torch would not take.
+
+    Raises:
+        UsageError: It is negative, or of 64 bits and more.
+    """
+    check_between(option, seed, 0, 2**63 - 1)
+
+
+def _check_limits(option: str, value: float, inside: bool, limits: str, most: float) -> None:
+    if not math.isfinite(value):
+        raise UsageError(f"{option} is {value}; it must be a number, {limits}")
+    if not inside:
+        raise UsageError(f"{option} is {value}; it must be {limits}")
+    if value > most:
+        raise UsageError(f"{option} is {value}; it must be at most {_show(most)}")
+
+
+def _show(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def check_one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -406,7 +407,7 @@ class _Run:
         self.model.eval()
 
     def _progress(self, lr: float, report: dict[str, Any] | None) -> Progress:
-        reports = sum(mark > self.step for mark in self.plan.reports)
+        reports = len(self.plan.reports) - bisect.bisect(self.plan.reports, self.step)
         return Progress(
             step=self.step,
             steps=self.plan.steps,

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from dery_cli.errors import UsageError
-from dery_cli.sizes import check_name, parse_size, parse_time, show_count, show_time
+from dery_cli.sizes import (
+    check_above,
+    check_at_least,
+    check_between,
+    check_name,
+    check_seed,
+    parse_size,
+    parse_time,
+    show_count,
+    show_time,
+)
 from dery_cli.stages.assemble.config import AssembleConfig, Budget
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.stages.partition.config import PartitionConfig
@@ -102,6 +114,49 @@ def test_good_names(name):
 def test_bad_names(name):
     with pytest.raises(UsageError, match="bad donor name"):
         check_name(name, "donor")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_that_is_not_finite_passes(value):
+    for check in (
+        lambda: check_at_least("--x", value, 0),
+        lambda: check_above("--x", value),
+        lambda: check_between("--x", value, 0, 1),
+        lambda: check_between("--x", value, 0, 1, below=True),
+    ):
+        with pytest.raises(UsageError, match=f"--x is {value}; it must be a number, "):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "text"),
+    [
+        (check_at_least, 0, "--x is 0; it must be at least 1"),
+        (check_at_least, 2**31, "--x is 2147483648; it must be at most 2147483647"),
+        (check_above, 0.0, "--x is 0.0; it must be above 0"),
+        (check_above, 1e300, r"--x is 1e\+300; it must be at most 2147483647"),
+    ],
+)
+def test_numbers_out_of_range_are_named_with_their_limits(check, value, text):
+    with pytest.raises(UsageError, match=f"^{text}$"):
+        check("--x", value)
+
+
+def test_both_ends_of_a_range():
+    check_between("--x", 0, 0, 1)
+    check_between("--x", 1, 0, 1)
+    check_between("--x", 0.999, 0, 1, below=True)
+    with pytest.raises(UsageError, match=r"^--x is 1; it must be at least 0 and below 1$"):
+        check_between("--x", 1, 0, 1, below=True)
+    with pytest.raises(UsageError, match=r"^--x is 1\.5; it must be at least 0 and at most 1$"):
+        check_between("--x", 1.5, 0, 1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_a_library_would_refuse(seed):
+    check_seed(2**63 - 1)
+    with pytest.raises(UsageError, match=f"--seed is {seed}"):
+        check_seed(seed)
 
 
 def test_options_hold_everything_that_changes_the_answer():

@@ -7,9 +7,12 @@ from typing import Any
 
 from dery_cli.errors import UsageError
 from dery_cli.sizes import (
+    check_above,
     check_at_least,
+    check_between,
     check_name,
     check_one_of,
+    check_seed,
     show_count,
     show_time,
     within,
@@ -115,6 +118,9 @@ class DonorFilter:
 FINALISTS = 8
 """Tried by default where the proxy is the probe."""
 
+MOST_JOINT_WEIGHT = 1000
+"""Beyond it joints alone decide, and sums of scores in millionths would not stay exact."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssembleConfig:
@@ -156,14 +162,17 @@ class AssembleConfig:
         check_at_least("--target-samples", self.target_samples, 8)
         if self.max_donors is not None:
             check_at_least("--max-donors", self.max_donors)
+        if self.donors.image_size is not None:
+            check_at_least("--image-size", self.donors.image_size)
         check_at_least("--latency-batch", self.latency_batch)
         check_at_least("--memory-batch", self.memory_batch)
-        check_at_least("--joint-weight", self.joint_weight, 0)
+        check_between("--joint-weight", self.joint_weight, 0, MOST_JOINT_WEIGHT)
         check_one_of("--stitch", self.stitch, tuple(StitchKind))
         if self.proxy is not None:
             check_one_of("--proxy", self.proxy, tuple(plugin_names(PROXY_GROUP)))
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+        if self.max_seconds is not None:
+            check_above("--max-seconds", self.max_seconds)
+        check_seed(self.seed)
 
     def num_finalists(self, proxy: str) -> int:
         """How many are tried; by default none where the proxy is one that has to be asked for."""

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from dery_cli.errors import UsageError
-from dery_cli.sizes import check_at_least, check_one_of
+from dery_cli.sizes import check_above, check_at_least, check_between, check_one_of, check_seed
 
 AUTO = "auto"
 
@@ -53,8 +53,9 @@ class EmbedConfig:
             )
         check_at_least("--workers", self.workers, 0)
         check_one_of("--dtype", self.dtype, self.DTYPES)
-        if not 0 < self.crop <= 1:
-            raise UsageError(f"--crop is {self.crop}; it must be in (0, 1]")
+        check_between("--crop", self.crop, 0, 1)
+        check_above("--crop", self.crop)
+        check_seed(self.seed)
 
     def options(self) -> dict[str, Any]:
         """What the artifact records."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from dery_cli.core.similarity.metric import MetricOptions
 from dery_cli.errors import UsageError
-from dery_cli.sizes import check_one_of
+from dery_cli.sizes import check_one_of, check_seed
 from dery_cli.zoo.plugin import METRIC_GROUP, plugin_names
 
 USES = {
@@ -40,6 +40,7 @@ class SimConfig:
 
     def __post_init__(self) -> None:
         check_one_of("--metric", self.metric, tuple(plugin_names(METRIC_GROUP)))
+        check_seed(self.seed)
         given = self._given()
         for name in given:
             if name not in USES.get(self.metric, given):
