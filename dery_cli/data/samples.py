@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dery_cli.data.sets import DataSet
 from dery_cli.data.splits import image_digest, stratified_holdout
-from dery_cli.io.artifacts import Artifact
+from dery_cli.io.records import Artifact
 from dery_cli.zoo.plugin import ImageSplit
 
 SEEN = "it may have seen some of those it is tested on"
@@ -48,7 +48,7 @@ def held_out_anew(record: Artifact, data: DataSet) -> bool:
     if data.spec != record.data["target"] or not data.held_out:
         return False
     chosen: Sequence[int]
-    if record.kind == "run":
+    if record.kind.name == "run":
         digest, fraction = record.parents["data"], record.options["valid_fraction"]
         chosen = range(len(data.train))
         if fraction > 0 and data.train.labels is not None:

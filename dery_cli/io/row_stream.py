@@ -1,4 +1,4 @@
-"""Safetensors files written row by row and read row range by row range.
+"""Safetensors files written row by row or whole, and read whole or row range by row range.
 
 A stage that embeds N images knows every tensor's shape before the first image, but has the rows
 only batch by batch. ``SafetensorsStream`` lays the file out first and fills it as rows come, so
@@ -23,26 +23,34 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dery_cli.errors import DeryError
+from dery_cli.io.files import DISK_FULL, not_written
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# in the order in which safetensors lays tensors out, then by name
+_DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-# safetensors lays tensors out by falling alignment, then by name; this is its order of dtypes.
-_LAYOUT_RANK = {
-    name: rank
-    for rank, name in enumerate(
-        ["I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"]
-    )
-}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LAYOUT_RANK = {name: rank for rank, name in enumerate(_DTYPES)}
+
+Specs = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Name of each tensor to its type and full shape."""
 
 
 class SafetensorsStream:
@@ -63,7 +71,7 @@ class SafetensorsStream:
     def __init__(
         self,
         path: str | Path,
-        specs: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        specs: Specs,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -108,12 +116,19 @@ class SafetensorsStream:
                 f"rows {tuple(rows.shape)} after row {done} do not fit {name} of shape {shape}"
             )
         offset = self._begin[name] + done * math.prod(shape[1:]) * dtype.itemsize
-        try:
-            self._put(_little_endian(rows.to(dtype)), offset)
-        except BaseException:
-            self.abort()
-            raise
+        self._put(_little_endian(rows.to(dtype)), offset)
         self._rows[name] = done + rows.shape[0]
+
+    def write_whole(self, name: str, tensor: Tensor) -> None:
+        """Write all of a tensor, which may also be a single number without a shape.
+
+        Raises:
+            DeryError: The disk is full.
+        """
+        _, shape = self._specs[name]
+        assert tuple(tensor.shape) == shape
+        self._put(_little_endian(tensor), self._begin[name])
+        self._rows[name] = shape[0] if shape else 1
 
     def close(self) -> None:
         """Check that the file is complete, sync it and close it.
@@ -169,46 +184,116 @@ class SafetensorsStream:
             while len(view):
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
+            self.abort()
             raise self._told(error) from error
+        except BaseException:
+            self.abort()
+            raise
 
     def _told(self, error: OSError) -> Exception:
         """``error`` as what the user can act on; other operating system errors stay as they are."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             return error
-        return DeryError(
-            f"the disk is full: {self.path} needs {self.nbytes:,} bytes",
-            "free some space, or choose another --workspace",
-            details={"bytes_needed": self.nbytes},
-        )
+        hint = "free some space, or choose another --workspace"
+        return not_written(self.path, error, hint=hint, bytes_needed=self.nbytes)
 
 
-def stream_nbytes(
-    specs: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    metadata: Mapping[str, str] | None = None,
-) -> int:
+def stream_nbytes(specs: Specs, metadata: Mapping[str, str] | None = None) -> int:
     """Size in bytes of the file that ``SafetensorsStream`` would write."""
     return _layout({name: (d, tuple(s)) for name, (d, s) in specs.items()}, metadata)[2]
 
 
-class LazyRows:
-    """Tensor ``name`` of a safetensors file, read only where it is sliced.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file in one go: the bytes of ``safetensors.torch.save_file``.
 
-    ``rows[start:stop]`` gives those rows; ``rows.shape`` costs no read. ``core.similarity`` takes
-    these in place of tensors.
+    Nothing but ``path`` is written to, one tensor is copied at a time where it has to be, and
+    tensors may share memory.
 
     Raises:
-        DeryError: The file is damaged or has no such tensor.
+        DeryError: The disk is full; the file is removed.
+    """
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsStream(path, specs, metadata) as stream:
+        for name, tensor in tensors.items():
+            stream.write_whole(name, tensor)
+
+
+class TensorFile:
+    """An open safetensors file: it goes on giving the same bytes when its name gets another file.
+
+    Args:
+        path: To open.
+        shown: What to call it in messages; ``path`` if left out.
+
+    Raises:
+        DeryError: The file is damaged.
     """
 
-    def __init__(self, path: str | Path, name: str) -> None:
-        self.path = Path(path)
-        self.name = name
+    def __init__(self, path: str | Path, shown: Path | None = None) -> None:
+        self.path = Path(path) if shown is None else shown
         try:
-            file: Any = safe_open(str(self.path), framework="pt")
-            self._slice = file.get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.path, error) from error
-        self.shape: tuple[int, ...] = tuple(self._slice.get_shape())
+            self._file: Any = safe_open(str(path), framework="pt")
+        except Exception as error:  # a damaged header makes the library raise what it will
+            raise self.damaged(error) from error
+
+    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of every tensor.
+
+        Raises:
+            DeryError: One is of a type that dery does not write.
+        """
+        found = {}
+        for name in self._names():
+            part = self._file.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise self.damaged(f"'{name}' is of type {part.get_dtype()}")
+            found[name] = (_DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it.
+
+        Raises:
+            DeryError: The file is damaged.
+        """
+        try:
+            return {name: self._file.get_tensor(name) for name in self._names()}
+        except Exception as error:  # as above
+            raise self.damaged(error) from error
+
+    def rows(self, name: str) -> LazyRows:
+        """One tensor, read only where it is sliced.
+
+        Raises:
+            DeryError: There is no such tensor.
+        """
+        try:
+            return LazyRows(self._file.get_slice(name))
+        except SafetensorError as error:
+            raise self.damaged(error) from error
+
+    def _names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def damaged(self, reason: object) -> DeryError:
+        """The error for a file that is not what it should be."""
+        return DeryError(
+            f"{self.path} cannot be read: {reason}",
+            "the file is damaged; run the stage that wrote it again",
+        )
+
+
+class LazyRows:
+    """A tensor of a safetensors file: ``rows[start:stop]`` reads those rows, ``rows.shape`` none.
+
+    ``core.similarity`` takes these in place of tensors; ``TensorFile.rows`` makes them.
+    """
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+        self.shape: tuple[int, ...] = tuple(part.get_shape())
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -217,17 +302,8 @@ class LazyRows:
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
             raise ValueError(f"rows are read in steps of one, not {step}")
-        tensor: Tensor = self._slice[start:stop]
+        tensor: Tensor = self._part[start:stop]
         return tensor
-
-
-def read_rows(path: str | Path, name: str, start: int, stop: int) -> Tensor:
-    """Rows ``start`` to ``stop`` of tensor ``name``, and nothing else of the file.
-
-    Raises:
-        DeryError: The file is damaged or has no such tensor.
-    """
-    return LazyRows(path, name)[start:stop]
 
 
 def _layout(
@@ -263,9 +339,3 @@ def _little_endian(rows: Tensor) -> memoryview:
     if sys.byteorder == "big":
         array = array.reshape(-1, rows.dtype.itemsize)[:, ::-1].copy().reshape(-1)
     return memoryview(array.data)
-
-
-def _damaged(path: Path, error: Exception) -> DeryError:
-    return DeryError(
-        f"{path} cannot be read: {error}", "the file is damaged; run the stage that wrote it again"
-    )

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and one JSON that holds their hashes; no pickle.
+"""Checkpoints: a folder of safetensors and the record that holds their hashes; no pickle.
 
 A checkpoint is ``<kind>-<step>``, for example ``last-000150``. It is written under a temporary
 name, every file and the folder synced, ``checkpoint.json`` last, then renamed; older ones go only
@@ -8,9 +8,6 @@ after that. So whatever is called ``last-*`` is whole, at any moment, and the hi
 from __future__ import annotations
 
 import dataclasses
-import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,15 +16,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from dery_cli.errors import DeryError, UsageError
-from dery_cli.io.artifacts import copy_mode
+from dery_cli.errors import DeryError
+from dery_cli.io.artifacts import open_artifact, read_record
+from dery_cli.io.files import copy_mode, file_sha256, not_written, sync
+from dery_cli.io.look import AbsentError, Opened
+from dery_cli.io.records import Artifact, Kind
+from dery_cli.io.row_stream import write_tensors
+from dery_cli.io.schema import (
+    Check,
+    SchemaError,
+    any_text,
+    fields,
+    file_name,
+    integer,
+    mapping,
+    plain_object,
+)
 
-FORMAT = "dery-checkpoint"
-VERSION = 1
 SIDECAR = "checkpoint.json"
+BEGIN_ANEW = "fine-tune again without --resume"
+GO_ON = "free some space and go on with --resume; the checkpoint before is as it was"
+_SUFFIX = ".safetensors"
+
+CHECKPOINT = Kind(
+    name="checkpoint",
+    version=2,
+    data=fields(
+        {
+            "step": integer(0),
+            "aliases": mapping(mapping(any_text), key=file_name),
+            "state": plain_object,
+        }
+    ),
+    once=("dery-checkpoint",),
+)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -70,36 +93,40 @@ def save_checkpoint(
         DeryError: It could not be written (a full disk, a name that is taken); the checkpoints
             there are as they were.
     """
-    folder = run_dir / f"{kind}-{step:06d}"
+    folder = checkpoint_folder(run_dir, kind, step)
     partial = run_dir / f".{folder.name}.{os.getpid()}.tmp"
-    files: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    aliases: dict[str, dict[str, str]] = {}
     path = partial
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for stem, named in tensors.items():
-            path = partial / f"{stem}.safetensors"
-            kept, aliases = _untied(named)
-            save_file(kept, path, metadata={"format": "pt"})
-            _sync(path)
-            files[path.name] = {
-                "sha256": file_sha256(path),
-                "bytes": path.stat().st_size,
-                "aliases": aliases,
-            }
+            path = partial / f"{stem}{_SUFFIX}"
+            kept, aliases[path.name] = _untied(named)
+            write_tensors(path, kept, {"format": "pt"})
+            files[path.name] = file_sha256(path)
         path = partial / SIDECAR
-        body = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "state": state}
-        path.write_text(json.dumps({**body, "sha256": _json_sha256(body)}, indent=1) + "\n")
+        data = {"step": step, "aliases": aliases, "state": state}
+        path.write_bytes(Artifact(kind=CHECKPOINT, files=files, data=data).to_bytes())
         for name in files:
             copy_mode(path, partial / name)
-        _sync(path)
-        _sync(partial)
+        sync(path)
+        sync(partial)
         partial.rename(folder)
-        _sync(run_dir)
-    except (OSError, SafetensorError) as error:
+        sync(run_dir)
+    except (OSError, DeryError, SchemaError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _not_written(folder / path.name, error) from error
+        reason = error.__cause__ if isinstance(error, DeryError) else error
+        if isinstance(reason, OSError):
+            raise not_written(folder / path.name, reason, hint=GO_ON) from error
+        raise DeryError(f"could not write {folder / path.name}: {reason}", GO_ON) from error
     return folder
+
+
+def checkpoint_folder(run_dir: Path, kind: str, step: int) -> Path:
+    """Where the checkpoint of that kind and step lies."""
+    return run_dir / f"{kind}-{step:06d}"
 
 
 def find_checkpoint(run_dir: Path, kind: str) -> Path | None:
@@ -114,23 +141,51 @@ def checkpoints(run_dir: Path, kind: str) -> list[Path]:
     return [p for p in run_dir.iterdir() if re.fullmatch(rf"{kind}-\d+", p.name)]
 
 
-def load_checkpoint(folder: Path, *, only: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, *, only: str | None = None, state: Check = plain_object
+) -> Checkpoint:
     """Read a checkpoint, checking every file against its recorded hash.
 
     Args:
         folder: Of the checkpoint.
         only: Stem of the one file to read; None reads all.
+        state: What its state must be.
 
     Raises:
+        StaleError: It is of an older version.
         DeryError: A file is missing, altered or cut short, or of a newer version.
     """
-    body = _read_sidecar(folder / SIDECAR)
-    tensors = {}
-    for name, recorded in body["files"].items():
-        stem = name.removesuffix(".safetensors")
-        if only in (None, stem):
-            tensors[stem] = _read_tensors(folder / name, recorded)
-    return Checkpoint(folder=folder, step=body["step"], tensors=tensors, state=body["state"])
+    files = None if only is None else (f"{only}{_SUFFIX}",)
+    try:
+        opened = open_artifact(
+            folder / SIDECAR, CHECKPOINT, missing="", hint=BEGIN_ANEW, only=files
+        )
+    except AbsentError as error:
+        raise _damaged(folder / SIDECAR, "is missing") from error
+    step = opened.record.data["step"]
+    if step != _step_of(folder):
+        raise _damaged(folder, f"holds the state after {step} updates")
+    try:
+        state(opened.record.data["state"])
+    except SchemaError as error:
+        raise _damaged(folder / SIDECAR, f"is damaged: {error.below('.data.state')}") from error
+    names = opened.record.files if files is None else files
+    return Checkpoint(
+        folder=folder,
+        step=step,
+        tensors={name.removesuffix(_SUFFIX): _tensors(opened, name) for name in names},
+        state=opened.record.data["state"],
+    )
+
+
+def _tensors(opened: Opened, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one of its files, by all their names."""
+    tensors = opened.tensors(name)
+    for second, first in opened.record.data["aliases"].get(name, {}).items():
+        if first not in tensors or second in tensors:
+            raise _damaged(opened.path, f"is damaged: {second!a} cannot be {first!a}")
+        tensors[second] = tensors[first]
+    return tensors
 
 
 def is_unfinished(run_dir: Path) -> bool:
@@ -139,28 +194,11 @@ def is_unfinished(run_dir: Path) -> bool:
     if folder is None:
         return False
     try:
-        body = _read_sidecar(folder / SIDECAR)
+        record = read_record(folder / SIDECAR, CHECKPOINT, missing="", hint="")
     except DeryError:
         return True
-    step, steps = int(body["step"]), int(body["state"].get("steps", 0))
-    return 0 < step < steps
-
-
-def load_weights(run_dir: Path, kind: str = "best") -> dict[str, torch.Tensor]:
-    """Weights of a run's ``best`` or ``last`` checkpoint, averaged where the run averaged them.
-
-    Raises:
-        UsageError: The run has none yet.
-        DeryError: It is damaged.
-    """
-    folder = find_checkpoint(run_dir, kind)
-    if folder is None:
-        raise UsageError(
-            f"{run_dir} holds no {kind} checkpoint", "fine-tune first: dery finetune ..."
-        )
-    files = _read_sidecar(folder / SIDECAR)["files"]
-    stem = "ema" if "ema.safetensors" in files else "model"
-    return load_checkpoint(folder, only=stem).tensors[stem]
+    steps = record.data["state"].get("steps")
+    return not isinstance(steps, int) or 0 < record.data["step"] < steps
 
 
 def keep_only(run_dir: Path, **steps: int | None) -> None:
@@ -188,40 +226,8 @@ def discard(folder: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step.
-
-    Raises:
-        DeryError: It could not be written; the old file is as it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text)
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
-
-
-def _not_written(path: Path, error: Exception) -> DeryError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else str(error)
-    return DeryError(
-        f"could not write {path}: {reason}",
-        "free some space and go on with --resume; the checkpoint before is as it was",
-    )
-
-
 def _untied(named: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors ready for safetensors, and second names of those that appear twice."""
+    """Each tensor once, and second names of those that appear twice."""
     kept: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
@@ -231,70 +237,13 @@ def _untied(named: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             aliases[name] = seen[where]
             continue
         seen[where] = name
-        copy = tensor.detach().cpu().contiguous()
-        partial = copy.untyped_storage().nbytes() != copy.numel() * copy.element_size()
-        kept[name] = copy.clone() if partial else copy
+        kept[name] = tensor
     return kept, aliases
 
 
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-        recorded = data.pop("sha256")
-        version, kind = data["version"], data["format"]
-    except FileNotFoundError as error:
-        raise _damaged(path, "is missing") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path, "is not a checkpoint's record") from error
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-    if kind != FORMAT:
-        raise _damaged(path, f"is of format {kind!r}, not {FORMAT!r}")
-    if version > VERSION:
-        raise DeryError(
-            f"{path} was written by a newer dery: checkpoint version {version}, "
-            f"this one reads {VERSION}",
-            "update dery: pip install -U dery-cli",
-        )
-    if (actual := _json_sha256(data)) != recorded:
-        raise _damaged(path, f"was altered: sha256 {actual}, recorded {recorded}")
-    return data  # type: ignore[no-any-return]
-
-
-def _read_tensors(path: Path, recorded: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    if not path.exists():
-        raise _damaged(path, f"is missing (recorded sha256 {recorded['sha256']})")
-    if (actual := file_sha256(path)) != recorded["sha256"]:
-        raise _damaged(
-            path,
-            f"was altered or cut short: sha256 {actual}, recorded {recorded['sha256']} "
-            f"({path.stat().st_size} bytes of {recorded['bytes']})",
-        )
-    tensors = load_file(path)
-    for name, first in recorded["aliases"].items():
-        tensors[name] = tensors[first]
-    return tensors
-
-
 def _damaged(path: Path, what: str) -> DeryError:
-    return DeryError(
-        f"{path} {what}", "the checkpoint cannot be used: fine-tune again without --resume"
-    )
+    return DeryError(f"{path} {what}", f"rerun: {BEGIN_ANEW}")
 
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
-
-
-def _json_sha256(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make sure a file or folder is on the disk before anything points at it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dery_cli.data.batches import raise_errors
-from dery_cli.errors import DeryError
+from dery_cli.errors import DeryError, UsageError
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
@@ -30,7 +30,7 @@ from dery_cli.training.loaders import score, train_loader, valid_loader
 from dery_cli.training.plan import Plan, make_plan
 from dery_cli.training.progress import Clock, FinetuneResult, Progress, diverged, is_better
 from dery_cli.training.recipe import FinetuneConfig
-from dery_cli.training.runlog import append_metrics, rewind_metrics
+from dery_cli.training.runlog import append_metrics, finite_or_none, rewind_metrics
 from dery_cli.training.sampling import (
     check_labels,
     derive_seed,
@@ -311,7 +311,7 @@ class _Run:
         if self.accelerator.is_main_process:
             append_metrics(self.run_dir, line)
             if better:
-                state = {"classes": self.classes, **self.best}
+                state = {"classes": self.classes, **finite_or_none(self.best)}
                 weights = {"model": self.trained.evaluated.state_dict()}
                 ckpt.save_checkpoint(self.run_dir, "best", self.step, weights, state)
         self._save()
@@ -345,7 +345,7 @@ class _Run:
                 "steps": self.plan.steps,
                 "random": {"seed": self.config.seed, "step": self.step},
                 "loss": [self.loss_sum, self.loss_count],
-                "best": self.best,
+                "best": finite_or_none(self.best),
                 "fixed_norms": sorted(self.fixed_norms),
             }
             self.trained.save(self.run_dir, self.step, state)
@@ -359,6 +359,8 @@ class _Run:
         except DeryError as error:
             if ckpt.is_unfinished(self.run_dir):
                 self.warn(f"the unfinished run in {self.run_dir} is replaced: {error.message}")
+            elif not isinstance(error, UsageError):
+                self.warn(f"the run in {self.run_dir} is begun anew: {error.message}")
             return False
         if self.step:
             self.warn(f"going on from update {self.step} of {self.plan.steps}")
@@ -368,12 +370,12 @@ class _Run:
         saved = self.trained.load(self.run_dir, self.identity)
         self.step = self.saved_step = saved.step
         self.loss_sum, self.loss_count = saved.state["loss"]
-        self.best = dict(saved.state["best"])
+        self.best = {k: math.nan if v is None else v for k, v in saved.state["best"].items()}
         self.fixed_norms = frozenset(saved.state["fixed_norms"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
-            self.history = rewind_metrics(self.run_dir, self.step)
+            self.history = rewind_metrics(self.run_dir, self.step, self.warn)
 
     # -- the end ----------------------------------------------------------------------------
 

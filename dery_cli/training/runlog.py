@@ -6,22 +6,26 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dery_cli.errors import DeryError
-from dery_cli.training.checkpoint import write_text
+from dery_cli.io.files import PENDING, not_written, replace_text
+from dery_cli.io.journal import tidy
+from dery_cli.io.schema import fields, integer, plain
+from dery_cli.training.checkpoint import GO_ON
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
+_LINE = fields({"step": integer(0)}, more=plain)
 
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder for this process.
+    """Hold the run's folder for this process; what a killed one left of an artifact is settled.
 
     Raises:
         DeryError: Another process holds it, or it cannot be written to.
@@ -36,11 +40,22 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             "wait for it to end, or give another --name",
         ) from error
     except OSError as error:
-        raise DeryError(f"cannot write to {run_dir}: {error}") from error
+        raise not_written(run_dir, error, hint=GO_ON) from error
     try:
+        try:
+            tidy(run_dir)
+        except OSError as error:
+            raise not_written(run_dir, error, hint=GO_ON) from error
         yield
     finally:
         lock.release()
+
+
+def settle_run(run_dir: Path) -> None:
+    """Finish what a killed process left of a run's artifact, unless one is at work there."""
+    if any(run_dir.glob(f"*{PENDING}")):
+        with contextlib.suppress(DeryError), run_lock(run_dir):
+            pass
 
 
 def append_metrics(run_dir: Path, line: Mapping[str, Any]) -> None:
@@ -49,37 +64,64 @@ def append_metrics(run_dir: Path, line: Mapping[str, Any]) -> None:
     Raises:
         DeryError: It could not be written.
     """
-    clean = {k: None if _is_not_finite(v) else v for k, v in line.items()}
     path = run_dir / METRICS
     try:
         with path.open("a") as file:
-            file.write(json.dumps(clean) + "\n")
+            file.write(json.dumps(finite_or_none(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise DeryError(f"could not write {path}: {error}", "free some space, --resume") from error
+        raise not_written(path, error, hint=GO_ON) from error
 
 
-def rewind_metrics(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after ``step`` and a line that was cut off; returns those kept."""
+def rewind_metrics(
+    run_dir: Path, step: int, warn: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Drop the lines after ``step`` and those that are damaged; returns those kept.
+
+    Args:
+        run_dir: The run's folder.
+        step: The last that is kept.
+        warn: Told which lines were damaged; one that was cut off at the end goes without a word.
+    """
     path = run_dir / METRICS
-    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+    lines, damaged = _read(path)
+    kept = [line for line in lines if line["step"] <= step]
+    if damaged and warn is not None:
+        numbers = ", ".join(str(number) for number in damaged[:5])
+        more = " ..." if len(damaged) > 5 else ""
+        warn(f"{path} is damaged in line {numbers}{more}: left out")
     if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept), hint=GO_ON)
     return kept
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` that are whole."""
-    path = run_dir / METRICS
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
+    return _read(run_dir / METRICS)[0]
 
 
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The whole lines, and the numbers of those that are damaged."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return [], []
+    whole, damaged = [], []
+    for number, line in enumerate(raw.splitlines(keepends=True), start=1):
+        try:
+            found = json.loads(line)
+            _LINE(found)
+            whole.append(found)
+        except (ValueError, RecursionError):
+            if line.endswith(b"\n"):
+                damaged.append(number)
+    return whole, damaged
+
+
+def finite_or_none(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }

@@ -13,9 +13,42 @@ import torch
 from torch import nn
 
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.io.schema import (
+    any_text,
+    fields,
+    integer,
+    list_of,
+    number,
+    optional,
+    plain_object,
+    row,
+)
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.optim import AveragedWeights
 from dery_cli.training.recipe import NUMBERS_DO_NOT_DEPEND_ON, FinetuneConfig
+
+_STATE = fields(
+    {
+        "run": fields(
+            {
+                "config": plain_object,
+                "classes": list_of(any_text),
+                "images": integer(1),
+                "labels_sha256": any_text,
+                "teacher": optional(any_text),
+                "origin": plain_object,
+            }
+        ),
+        "steps": integer(1),
+        "random": plain_object,
+        "loss": row(number(), integer(0)),
+        "best": fields({}, {"step": integer(1)}, more=optional(number())),
+        "fixed_norms": list_of(any_text),
+        "optimizer": fields({"plain": plain_object, "param_groups": list_of(plain_object)}),
+        "scaler": optional(plain_object),
+    }
+)
+"""What a checkpoint of the last update says beside its tensors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,18 +102,27 @@ class Trained:
 
         Raises:
             UsageError: There is none, or it is of other data or options.
-            DeryError: It is damaged, or of another network.
+            DeryError: It or the best one is damaged, or of another network.
         """
         folder = ckpt.find_checkpoint(run_dir, "last")
         if folder is None:
             raise UsageError(f"{run_dir} holds no checkpoint to resume from", "leave out --resume")
-        saved = ckpt.load_checkpoint(folder)
+        saved = ckpt.load_checkpoint(folder, state=_STATE)
         check_identity(saved.state["run"], identity, folder)
+        if (best := saved.state["best"].get("step")) is not None:  # the run would end with it
+            ckpt.load_checkpoint(ckpt.checkpoint_folder(run_dir, "best", best), only="model")
         for stem, module in self._modules().items():
-            load_strict(module, saved.tensors[stem], folder / f"{stem}.safetensors")
-        unpack_optimizer(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
-        if self.scaler is not None and saved.state["scaler"]:
-            self.scaler.load_state_dict(saved.state["scaler"])
+            load_strict(module, saved.tensors.get(stem, {}), folder / f"{stem}.safetensors")
+        try:
+            optimizer = saved.tensors["optimizer"]
+            unpack_optimizer(self.optimizer, optimizer, saved.state["optimizer"])
+            if self.scaler is not None and saved.state["scaler"]:
+                self.scaler.load_state_dict(saved.state["scaler"])
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+            raise DeryError(
+                f"{folder} is of another optimizer: {type(error).__name__}: {error}",
+                f"rerun: {ckpt.BEGIN_ANEW}",
+            ) from error
         return saved
 
 
@@ -157,7 +199,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
         ]
         raise DeryError(
             f"{source} is of another network: {'; '.join(parts)}",
-            "fine-tune this network without --resume",
+            f"rerun: {ckpt.BEGIN_ANEW}",
         )
     module.load_state_dict(tensors)
 

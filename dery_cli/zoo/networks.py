@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.network import AssembledNetwork
 from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.io.artifacts import Artifact, check_files, read_record
+from dery_cli.io.artifacts import is_there, open_artifact
+from dery_cli.io.look import Opened
+from dery_cli.io.records import Artifact, Kind
 from dery_cli.types import BlockRef, Donor, InputSpec, Node, StitchKind
 from dery_cli.zoo.registry import Zoo, build_model, dissect_donor, parse_spec, resolve
+from dery_cli.zoo.schemas import ASSEMBLY, RUN
 from dery_cli.zoo.transforms import EvalTransform
 
 ASSEMBLE_HINT = "dery assemble --max-params SIZE --max-flops SIZE"
@@ -123,12 +126,12 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
 
 
 def _fresh_block(block: Mapping[str, Any]) -> nn.Module:
-    spec = parse_spec(block["spec"])
     try:
+        spec = parse_spec(block["spec"])
         plugin, card = resolve(spec)
     except UsageError as error:
         raise DeryError(
-            f"the assembly has a block of {spec}: {error.message}",
+            f"the assembly has a block of {block['spec']}: {error.message}",
             "install the plugin it came from",
         ) from error
     size = (block["image_size"][0], block["image_size"][1])
@@ -140,30 +143,6 @@ def _fresh_block(block: Mapping[str, Any]) -> nn.Module:
         raise DeryError(f"{spec} has no node {block['stop']} any more", "see dery zoo check")
     # a copy of its own: two blocks of one donor may share parameters
     return copy.deepcopy(dissection.block(block["start"], block["stop"]))
-
-
-def save_network(path: Path, network: nn.Module) -> None:
-    """Write a network's state as safetensors, contiguous and on the CPU."""
-    state = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in network.state_dict().items()
-    }
-    save_file(state, path)
-
-
-def load_state(network: nn.Module, path: Path) -> None:
-    """Read a network's state.
-
-    Raises:
-        DeryError: The file is damaged, or its names or shapes are not the network's.
-    """
-    try:
-        network.load_state_dict(load_file(path), strict=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise DeryError(
-            f"{path} does not fit the network: {reason[0] if reason else type(error).__name__}"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,20 +165,28 @@ class LoadedAssembly:
         return iter((self.network, self.transform))
 
 
-def find_record(path: Path) -> tuple[Path, str]:
+def find_record(path: Path) -> tuple[Path, Kind]:
     """The record below a folder of an assembly or a run, and its kind.
 
     Raises:
         StaleError: There is none.
     """
-    for name, kind in (("run.json", "run"), ("assembly.json", "assembly")):
-        if (path / name).is_file():
+    for name, kind in (("run.json", RUN), ("assembly.json", ASSEMBLY)):
+        if is_there(path / name):
             return path / name, kind
-        if path.name == name and path.is_file():
+        if path.name == name and is_there(path):
             return path, kind
     begun = any(path.glob("last-*"))  # a run's checkpoints
     hint = f"dery finetune --name {path.name} --resume" if begun else ASSEMBLE_HINT
     raise StaleError(f"no assembly or finished run in {path}", hint)
+
+
+def made_by(record_path: Path, kind: Kind) -> str:
+    """The command that makes the network of a record anew, as far as it can be told."""
+    name = shlex.quote(record_path.parent.name)
+    if kind.name == RUN.name:
+        return f"dery finetune --name {name}"
+    return ASSEMBLE_HINT if name == "default" else f"{ASSEMBLE_HINT} --name {name}"
 
 
 def load_assembly(path: str | Path) -> LoadedAssembly:
@@ -219,12 +206,44 @@ def load_assembly(path: str | Path) -> LoadedAssembly:
         >>> network, transform = load_assembly(".dery/assemblies/default")
         >>> logits = network(transform(image)[None])
     """
-    record_path, kind = find_record(Path(path))
-    record = read_record(record_path, kind, missing=f"{path} is gone", hint=ASSEMBLE_HINT)
-    check_files(record_path, record, hint=ASSEMBLE_HINT)
-    network = build_network(record.data["network"])
-    load_state(network, record_path.parent / MODEL_FILE)
-    return loaded(network, record)
+    return read_network(*find_record(Path(path)))
+
+
+def read_network(record_path: Path, kind: Kind) -> LoadedAssembly:
+    """The network of an assembly's or a run's record; otherwise as ``load_assembly``."""
+    hint = made_by(record_path, kind)
+    opened = open_artifact(
+        record_path, kind, missing=f"there is no {record_path}", hint=hint, only=(MODEL_FILE,)
+    )
+    _check_head(opened)
+    try:
+        network = build_network(opened.record.data["network"])
+        network.load_state_dict(opened.tensors(MODEL_FILE), strict=True)
+    except (RuntimeError, ValueError, MemoryError) as error:  # torch's words take many lines
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DeryError(
+            f"{record_path.parent / MODEL_FILE} does not fit the network: {reason}",
+            f"rerun: {hint}",
+        ) from error
+    return loaded(network, opened.record)
+
+
+def _check_head(opened: Opened) -> None:
+    """Compare the head's size with its weights, before memory is taken for it.
+
+    Raises:
+        DeryError: They differ.
+    """
+    network = opened.record.data["network"]
+    if network["classes"] is None:
+        return
+    wanted = (len(network["classes"]), network["head_chs"])
+    found = opened.shape(MODEL_FILE, "head.weight")
+    if found != wanted:
+        raise DeryError(
+            f"{opened.path} says that the head's shape is {wanted}, its weights have {found}",
+            f"rerun: {opened.hint}",
+        )
 
 
 def loaded(network: AssembledNetwork, record: Artifact) -> LoadedAssembly:

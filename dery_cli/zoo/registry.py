@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.io.artifacts import Artifact, Workspace, read_record, write_record
+from dery_cli.io.artifacts import Workspace, read_record, write_record
+from dery_cli.io.look import AbsentError
+from dery_cli.io.records import Artifact
 from dery_cli.sizes import check_name
 from dery_cli.types import Donor, ModelCard
 from dery_cli.zoo.plugin import (
@@ -25,6 +27,7 @@ from dery_cli.zoo.plugin import (
     list_models,
     plugin_names,
 )
+from dery_cli.zoo.schemas import ZOO
 
 if TYPE_CHECKING:
     import torch
@@ -354,14 +357,16 @@ class Zoo:
 
 
 def read_zoo(workspace: Workspace) -> Zoo:
-    """The workspace's zoo; an empty one where none was written yet."""
-    if not workspace.zoo.exists():
-        return Zoo([])
-    artifact = read_record(workspace.zoo, "zoo", missing="there is no zoo", hint=ADD_HINT)
+    """The workspace's zoo; an empty one where none was written yet.
+
+    Raises:
+        DeryError: Its record is damaged, of another version, or was edited.
+    """
     try:
-        return Zoo(Donor.from_json(entry) for entry in artifact.data["donors"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeryError(f"{workspace.zoo} is damaged: {error}", ADD_HINT) from error
+        record = read_record(workspace.zoo, ZOO, missing="there is no zoo", hint=ADD_HINT)
+    except AbsentError:
+        return Zoo([])
+    return Zoo(Donor.from_json(entry) for entry in record.data["donors"])
 
 
 def require_zoo(workspace: Workspace) -> Zoo:
@@ -378,7 +383,5 @@ def require_zoo(workspace: Workspace) -> Zoo:
 
 def write_zoo(workspace: Workspace, zoo: Zoo) -> None:
     """Replace ``zoo.json``."""
-    write_record(
-        workspace.zoo,
-        Artifact(kind="zoo", data={"donors": [d.to_json() for d in zoo.donors.values()]}),
-    )
+    data = {"donors": [donor.to_json() for donor in zoo.donors.values()]}
+    write_record(workspace.zoo, Artifact(kind=ZOO, data=data))

@@ -16,7 +16,7 @@ import torch
 from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.sets import open_data
 from dery_cli.data.splits import stratified_holdout
-from dery_cli.stages.finetune import run as finetune_stage
+from dery_cli.io.journal import Transaction
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.runlog import run_lock
 from dery_cli.zoo.transforms import EvalTransform
@@ -224,14 +224,14 @@ def test_a_launchers_precision_is_the_runs(copied, tmp_path, monkeypatch):
 @pytest.fixture
 def stopped(copied, tmp_path, monkeypatch):
     """A run of 8 updates that met a full disk at the sixth."""
-    sync = ckpt._sync
+    sync = ckpt.sync
 
     def full(path):
         if "last-000006" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(ckpt, "_sync", full)
+    monkeypatch.setattr(ckpt, "sync", full)
     error = refused(copied, f"{RUN} --name parts", 1)
     monkeypatch.undo()
     assert "last-000006" in error["message"]
@@ -256,13 +256,13 @@ def test_after_a_full_disk_the_run_goes_on_to_the_same_bytes(copied, tmp_path, s
 
 
 def test_a_disk_that_is_full_at_the_very_end_does_not_cost_the_run(copied, tmp_path, monkeypatch):
-    def full(path, network):
+    def full(work, name, tensors):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(finetune_stage, "save_network", full)
+    monkeypatch.setattr(Transaction, "write_tensors", full)
     error = refused(copied, "--steps 2 --name parts", 1)
     monkeypatch.undo()
-    assert "no space left on the disk" in error["message"]
+    assert "run.json: the disk is full" in error["message"]
     assert "--resume" in error["hint"]
     monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is left to train
     tune(copied, "--steps 2 --name parts --resume")
@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_at_the_very_end_does_not_cost_the_run(copied, tmp_p
         ),
         (
             lambda f: edit_json(f / "checkpoint.json", lambda d: d.update(version=9)),
-            "was written by a newer dery: checkpoint version 9",
+            "was written by a newer dery (format 9",
         ),
         (lambda f: (f / "checkpoint.json").unlink(), "checkpoint.json is missing"),
     ],

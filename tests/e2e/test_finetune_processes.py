@@ -114,7 +114,7 @@ def full(path):
 
 ImageDataset.__getitem__ = broken
 if what == "disk":
-    checkpoint._sync = full
+    checkpoint.sync = full
 main()
 """
 
@@ -126,7 +126,7 @@ main()
         ("image", "cannot read the image 7.png: torn"),
         ("bug", "KeyError in another process: 'nothing'"),
         ("die", "another process of this run has ended or hangs"),
-        ("disk", "last-000004/model.safetensors: the disk is full"),
+        ("disk", "last-000004/checkpoint.json: the disk is full"),
     ],
 )
 def test_when_one_process_fails_all_end_and_the_main_one_says_why(ws, tmp_path, what, message):

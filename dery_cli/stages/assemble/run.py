@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
+import io
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,10 @@ from dery_cli.core.assembly.solve import AssemblyProblem
 from dery_cli.data.samples import choose_target, fingerprint
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.io.artifacts import (
-    Artifact,
-    Workspace,
-    read_log,
-    transaction,
-    unchanged,
-    write_log,
-    write_record,
-)
+from dery_cli.io.artifacts import Workspace, read_log, unchanged, write_log, write_record
+from dery_cli.io.files import replace_text
+from dery_cli.io.journal import transaction
+from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.assemble.build import TRIAL_FOLDS, check_size
@@ -32,12 +27,20 @@ from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import PartCosts, latency_options, time_network
 from dery_cli.stages.assemble.model_card import model_card
 from dery_cli.stages.assemble.search import Assembler, frontier
+from dery_cli.stages.assemble.store import (
+    ASSEMBLY,
+    CANDIDATES,
+    CANDIDATES_FORMAT,
+    LATENCY,
+    LOG,
+    SCORES,
+)
 from dery_cli.stages.assemble.target import Target, choose_fit
 from dery_cli.stages.assemble.workshop import Delivered
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
 from dery_cli.stages.partition.store import require_partition
 from dery_cli.types import BlockRef
-from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences, save_network
+from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences
 from dery_cli.zoo.plugin import find_proxy
 from dery_cli.zoo.registry import require_zoo
 
@@ -76,7 +79,7 @@ def assemble_network(terminal: Terminal, space: Workspace, config: AssembleConfi
         else:
             found = _build_assembly(terminal, space, assembler, record, proxy_name)
     _check_proven(config, found.data["program"])
-    log = read_log(path.parent / LOG_FILE)
+    log = read_log(path.parent / LOG_FILE, LOG)
     return Assembled(record=found, folder=path.parent, latency=log.get("latency"))
 
 
@@ -107,13 +110,13 @@ def trace_frontier(terminal: Terminal, space: Workspace, config: AssembleConfig)
         problem = _problem(terminal, space, assembler, record)
         points, complete = frontier(assembler, problem)
         path = space.assembly(config.name).parent / "pareto.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
         timed = [] if assembler.latency is None else ["latency_ns"]
         columns = ["score", "params", "flops", *timed, "network"]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([p[column] for column in columns] for p in points)
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(columns)
+        writer.writerows([p[column] for column in columns] for p in points)
+        replace_text(path, table.getvalue())
     return Frontier(points=points, complete=complete, file=path)
 
 
@@ -156,7 +159,7 @@ def _prepare(
         workers=config.workers,
     )
     record = Artifact(
-        kind="assembly",
+        kind=ASSEMBLY,
         parents={
             "partition": partition.record.sha256,
             "target": fingerprint(target_data.train, indices),
@@ -196,7 +199,7 @@ def _with_latency(
     target, config = assembler.target, assembler.config
     weights = {f"weights/{n}": donor.weights_sha256 for n, donor in assembler.zoo.donors.items()}
     wanted = Artifact(
-        kind="latency",
+        kind=LATENCY,
         parents={"partition": record.parents["partition"], **weights},
         options=latency_options(
             target.device, assembler.stitch, config.latency_batch, target.num_classes
@@ -225,7 +228,7 @@ def _problem(
     assembler.check_budget()
     parents = {name: sha for name, sha in record.parents.items() if name != "latency"}
     wanted = Artifact(
-        kind="scores",
+        kind=SCORES,
         parents=parents,
         options={"target_samples": record.options["target_samples"]},
         seed=record.seed,
@@ -281,14 +284,14 @@ def _build_assembly(
         "test_top1": rows[0]["test_top1"],
     }
     listing = {
-        "schema": "dery/candidates/1",
+        "schema": CANDIDATES_FORMAT,
         "proxy": proxy_name,
         "candidates": [entry.to_json() for entry in ranked(scored)],
     }
     path = space.assembly(config.name)
     with transaction(path) as work:
-        save_network(work.path(MODEL_FILE), built.network)
-        work.write_text("candidates.json", json.dumps(listing, indent=1) + "\n")
+        work.write_tensors(MODEL_FILE, built.network.state_dict())
+        work.write_json("candidates.json", listing, CANDIDATES)
         work.write_text("README.md", model_card(config.name, data))
         done = work.commit(dataclasses.replace(record, data=data))
     log = {"seconds": time.monotonic() - started, "latency": timing}

@@ -9,14 +9,9 @@ from collections.abc import Sequence
 
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.errors import DeryError
-from dery_cli.io.artifacts import (
-    Artifact,
-    Workspace,
-    transaction,
-    unchanged,
-    write_log,
-    write_record,
-)
+from dery_cli.io.artifacts import Workspace, unchanged, write_log, write_record
+from dery_cli.io.journal import transaction
+from dery_cli.io.records import Artifact
 from dery_cli.io.row_stream import SafetensorsStream, stream_nbytes
 from dery_cli.runtime.processes import NoMemoryError, Processes, open_processes
 from dery_cli.runtime.terminal import Terminal
@@ -255,5 +250,5 @@ def _embed_one(
 def _leave_out(space: Workspace, name: str, record: Artifact, error: DeryError) -> None:
     """Replace the donor's embedding, if it has one, by the record of why it is left out."""
     path = space.embedding(name)
-    space.remove(path, [f"{name}.safetensors"])
     write_record(path, left_out(record, error))
+    path.with_suffix(".safetensors").unlink(missing_ok=True)

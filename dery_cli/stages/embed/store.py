@@ -11,23 +11,79 @@ from typing import Any
 
 from torch import Tensor
 
+from dery_cli.core.similarity.features import feature_specs
 from dery_cli.data.samples import choose_samples, fingerprint
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.io.artifacts import (
-    Artifact,
-    Workspace,
-    canonical_json,
-    check_files,
-    existing_record,
-    read_record,
-)
+from dery_cli.io.artifacts import Workspace, made_of_the_same, open_artifact, read_record
+from dery_cli.io.look import Opened
+from dery_cli.io.records import Artifact, Kind, canonical_json
 from dery_cli.io.row_stream import LazyRows
+from dery_cli.io.schema import (
+    SchemaError,
+    any_text,
+    boolean,
+    both,
+    fields,
+    integer,
+    list_of,
+    one_of,
+    optional,
+    plain,
+    plain_name,
+)
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo
+from dery_cli.zoo.schemas import CLASSES, COUNT, CROP
 
 EMBED_HINT = "dery embed --data SPEC"
+
+
+def _one_label_an_image(data: Any) -> None:
+    labels = data["labels"]
+    if labels is not None and len(labels) != len(data["indices"]):
+        raise SchemaError(f"has {len(data['indices'])} images and {len(labels)} labels")
+    if labels and data["classes"] and max(labels) >= len(data["classes"]):
+        raise SchemaError(f"has {len(data['classes'])} classes and the label {max(labels)}")
+    if "bad" not in data and "batch_size" not in data:
+        raise SchemaError("has no field 'batch_size'")
+
+
+EMBEDDING = Kind(
+    name="embedding",
+    version=1,
+    parents=("weights", "anatomy", "data"),
+    options=fields(
+        {
+            "data": any_text,
+            "grid": integer(1),
+            "grid_samples": integer(1),
+            "dtype": one_of(*EmbedConfig.DTYPES),
+            "crop": CROP,
+            "skip_bad": boolean,
+        },
+        more=plain,
+    ),
+    data=both(
+        fields(
+            {
+                "donor": plain_name,
+                "nodes": integer(2),
+                "indices": list_of(COUNT, least=1),
+                "labels": optional(list_of(COUNT)),
+                "classes": optional(CLASSES),
+            },
+            {
+                "batch_size": integer(1),
+                "bad": fields(
+                    {"message": any_text, "hint": optional(any_text), "node": optional(COUNT)}
+                ),
+            },
+        ),
+        _one_label_an_image,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +145,7 @@ def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
 def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibration) -> Artifact:
     """The record of one donor's embedding, before its files are hashed."""
     return Artifact(
-        kind="embedding",
+        kind=EMBEDDING,
         parents={
             "weights": donor.weights_sha256,
             "anatomy": _anatomy_hash(donor),
@@ -127,17 +183,14 @@ def why_left_out(record: Artifact) -> DeryError | None:
 
 def known_batch_size(path: Path, wanted: Artifact) -> int | None:
     """The batch size an earlier run came to from the same inputs, its files whole or not."""
-    found = existing_record(path, wanted.kind)
-    if found is None or not found.same_inputs(wanted):
-        return None
-    size: int | None = found.data.get("batch_size")
-    return size
+    found = made_of_the_same(path, wanted)
+    return None if found is None else found.data.get("batch_size")
 
 
 def _anatomy_hash(donor: Donor) -> str:
     """Hash of a donor's nodes and of what it takes as input."""
-    text = canonical_json(donor.anatomy.to_json()) + canonical_json(donor.input.to_json())
-    return hashlib.sha256(text.encode()).hexdigest()
+    known = canonical_json(donor.anatomy.to_json()) + canonical_json(donor.input.to_json())
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +202,7 @@ class Embeddings:
         left_out: Why each other donor of the workspace's zoo was left out.
         calibration: The images.
         hashes: Content hash of each donor's embedding.
-        paths: Tensor file of each donor.
+        rows: Tensors of each donor, which are read when they are sliced.
         options: What they were embedded with.
         seed: Of the choice of images.
     """
@@ -158,7 +211,7 @@ class Embeddings:
     left_out: dict[str, str]
     calibration: Calibration
     hashes: dict[str, str]
-    paths: dict[str, Path]
+    rows: dict[str, dict[str, LazyRows]]
     options: dict[str, Any]
     seed: int | None
 
@@ -169,7 +222,7 @@ class Embeddings:
 
     def features(self, donor: str, node: int, kind: str = "feat_NC") -> LazyRows:
         """A node's stored tensor (``feat_NC``, ``feat_NGC``, ``prefix_NTC``), read when sliced."""
-        return LazyRows(self.paths[donor], f"{node}.{kind}")
+        return self.rows[donor][f"{node}.{kind}"]
 
     def whole(self, donor: str, node: int, kind: str = "feat_NC") -> Tensor:
         """The same, in memory, as float32."""
@@ -199,19 +252,8 @@ def read_embeddings(
             were left out.
         DeryError: A file is damaged.
     """
-    records: dict[str, Artifact] = {}
-    for name in donors or zoo.names():
-        donor = zoo[name]
-        path = workspace.embedding(name)
-        record = read_record(path, "embedding", missing=f"{name} has no embedding", hint=EMBED_HINT)
-        if record.parents["weights"] != donor.weights_sha256:
-            hint = embed_command(record.options, record.seed)
-            raise StaleError(f"{name}'s embedding was made from other weights", hint)
-        if record.parents["anatomy"] != _anatomy_hash(donor):
-            hint = embed_command(record.options, record.seed)
-            raise StaleError(f"{name}'s embedding was made at other nodes or another size", hint)
-        check_files(path, record, hint=embed_command(record.options, record.seed))
-        records[name] = record
+    opened = {name: _open_embedding(workspace, zoo[name]) for name in donors or zoo.names()}
+    records = {name: embedding.record for name, embedding in opened.items()}
     first_name, first = next(iter(records.items()))
     for name, record in records.items():
         same = (
@@ -246,7 +288,43 @@ def read_embeddings(
             batch_size=min(record.data["batch_size"] for record in usable.values()),
         ),
         hashes={name: record.sha256 for name, record in usable.items()},
-        paths={name: workspace.embedding(name).with_suffix(".safetensors") for name in usable},
+        rows={name: _rows(opened[name], zoo[name]) for name in usable},
         options=dict(first.options),
         seed=first.seed,
     )
+
+
+def _open_embedding(workspace: Workspace, donor: Donor) -> Opened:
+    """A donor's embedding, made from the donor as it is now.
+
+    Raises:
+        StaleError: There is none, or it was made from something else.
+        DeryError: A file is damaged.
+    """
+    path, missing = workspace.embedding(donor.name), f"{donor.name} has no embedding"
+    record = read_record(path, EMBEDDING, missing=missing, hint=EMBED_HINT)
+    hint = embed_command(record.options, record.seed)
+    opened = open_artifact(path, EMBEDDING, missing=missing, hint=hint)
+    parents = opened.record.parents
+    if parents["weights"] != donor.weights_sha256:
+        raise StaleError(f"{donor.name}'s embedding was made from other weights", hint)
+    if parents["anatomy"] != _anatomy_hash(donor):
+        raise StaleError(f"{donor.name}'s embedding was made at other nodes or another size", hint)
+    return opened
+
+
+def _rows(opened: Opened, donor: Donor) -> dict[str, LazyRows]:
+    """The tensors of a donor's embedding: those that its record promises, and no other.
+
+    Raises:
+        DeryError: The file holds something else.
+    """
+    options, count = opened.record.options, len(opened.record.data["indices"])
+    specs = feature_specs(
+        donor.anatomy.nodes,
+        count,
+        grid=options["grid"],
+        grid_samples=options["grid_samples"],
+    )
+    shapes = {name: shape for name, (_, shape) in specs.items()}
+    return opened.rows(f"{donor.name}.safetensors", shapes)

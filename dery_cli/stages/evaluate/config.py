@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from dery_cli.errors import StaleError, UsageError
-from dery_cli.io.artifacts import Workspace
+from dery_cli.io.artifacts import Workspace, is_there
 from dery_cli.sizes import check_at_least, check_one_of
 
 
@@ -45,7 +45,7 @@ def find_network(space: Workspace, what: str | None) -> Path:
     """
     if what is None:
         for path in (space.run("default"), space.assembly("default").parent):
-            if (path / "run.json").is_file() or (path / "assembly.json").is_file():
+            if is_there(path / "run.json") or is_there(path / "assembly.json"):
                 return path
         raise StaleError(f"no run or assembly 'default' in {space.root}", "dery assemble")
     for path in (Path(what), space.root / what):

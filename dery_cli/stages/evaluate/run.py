@@ -66,7 +66,7 @@ def _open(
             f"{folder} has no head: it was made without labels", "dery assemble --data SPEC"
         )
     target = assembly.record.data
-    skip_bad = config.skip_bad or (config.data is None and target.get("target_skip_bad", False))
+    skip_bad = config.skip_bad or (config.data is None and target["target_skip_bad"])
     data = open_checked(terminal, config.data or target["target"], skip_bad=skip_bad)
     check_classes(data, assembly.classes)
     return data

@@ -13,7 +13,9 @@ import torch
 from dery_cli.data.samples import SEEN, held_out_anew
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.errors import DeryError
-from dery_cli.io.artifacts import Artifact, Workspace, transaction, unchanged, write_log
+from dery_cli.io.artifacts import Workspace, unchanged, write_log
+from dery_cli.io.journal import transaction
+from dery_cli.io.records import Artifact
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
 from dery_cli.sizes import show_duration
@@ -24,12 +26,14 @@ from dery_cli.stages.finetune.start import (
     start_from_assembly,
     start_from_donor,
 )
+from dery_cli.stages.finetune.store import RUN
 from dery_cli.stages.finetune.teacher import (
     LoadedTeacher,
     TeacherChoice,
     choose_teacher,
     load_teacher,
 )
+from dery_cli.training.checkpoint import GO_ON
 from dery_cli.training.evaluate import EvalResult, evaluate
 from dery_cli.training.loop import finetune
 from dery_cli.training.optim import make_optimizer, parameter_groups
@@ -37,8 +41,9 @@ from dery_cli.training.plan import make_plan
 from dery_cli.training.progress import CALMER, FinetuneResult, Progress
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.request import MIN_IMAGES_TO_CHOOSE_ON, FinetuneRequest
+from dery_cli.training.runlog import run_lock, settle_run
 from dery_cli.training.tensorboard import Curves
-from dery_cli.zoo.networks import MODEL_FILE, save_network
+from dery_cli.zoo.networks import MODEL_FILE
 from dery_cli.zoo.transforms import DEFAULT_CROP
 
 LOG_FILE = "run.log.json"
@@ -61,6 +66,8 @@ def fine_tune(
         path = space.run(request.run_name) / "run.json"
         with processes.united():
             plan = _prepare(terminal, space, request, config, processes)
+            if processes.main:
+                settle_run(path.parent)
             found = None if request.resume else unchanged(path, plan.record)
             trained = None
             if found is None:
@@ -296,12 +303,13 @@ def _write(
             "sha256": teacher.sha256,
             "probe_accuracy": teacher.accuracy,
         }
-    try:
-        with transaction(path) as work:
-            save_network(work.path(MODEL_FILE), plan.start.assembly.network)
-            done = work.commit(dataclasses.replace(plan.record, data=data))
-    except DeryError as error:  # it says to rerun; with --resume that cannot begin anew
-        raise DeryError(error.message, "free some space and go on with --resume") from error
+    with run_lock(path.parent):
+        try:
+            with transaction(path) as work:
+                work.write_tensors(MODEL_FILE, plan.start.assembly.network.state_dict())
+                done = work.commit(dataclasses.replace(plan.record, data=data))
+        except DeryError as error:  # it says to rerun; with --resume that cannot begin anew
+            raise DeryError(error.message, GO_ON) from error
     write_log(
         path.with_name(LOG_FILE),
         {
@@ -323,7 +331,7 @@ def run_artifact(
     if teacher is not None:
         options["teacher"] = teacher.name
         parents["teacher"] = teacher.sha256
-    return Artifact(kind="run", parents=parents, options=options, seed=config.seed)
+    return Artifact(kind=RUN, parents=parents, options=options, seed=config.seed)
 
 
 def _table(terminal: Terminal, *, validated: bool) -> GrowingTable:

@@ -12,17 +12,19 @@ from dery_cli.data.batches import ImageBatches
 from dery_cli.data.classes import training_labels
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import UsageError
-from dery_cli.io.artifacts import Artifact, Workspace
+from dery_cli.io.artifacts import Workspace
+from dery_cli.io.records import Artifact
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.types import Donor
 from dery_cli.zoo.networks import (
     LoadedAssembly,
     build_network,
     describe_network,
-    load_assembly,
     loaded,
+    read_network,
 )
 from dery_cli.zoo.registry import require_zoo
+from dery_cli.zoo.schemas import ASSEMBLY
 from dery_cli.zoo.whole import WholeDonor, fit_whole_donor, whole_block, whole_cost
 
 
@@ -48,8 +50,7 @@ def start_from_assembly(workspace: Workspace, name: str, *, scratch: bool, seed:
         StaleError: There is none of that name.
         UsageError: It has no head.
     """
-    path = workspace.assembly(name).parent
-    assembly = load_assembly(path)
+    assembly = read_network(workspace.assembly(name), ASSEMBLY)
     if assembly.classes is None:
         raise UsageError(
             f"the assembly '{name}' has no head: it was made without labels",
@@ -125,7 +126,7 @@ def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float
     assert data.classes is not None
     cost = whole_cost(zoo, name, len(data.classes))
     record = Artifact(
-        kind="assembly",
+        kind=ASSEMBLY,
         parents={"weights": donor.weights_sha256},
         data={
             "network": describe_network(

@@ -7,7 +7,6 @@ on those that are held out.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 
 from dery_cli.core.stitching.head import NotFiniteError
@@ -15,9 +14,11 @@ from dery_cli.data.classes import class_difference
 from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.io.artifacts import Workspace, canonical_json, read_record
+from dery_cli.io.artifacts import Workspace, read_record
+from dery_cli.io.records import json_sha256
 from dery_cli.runtime.processes import Processes
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import check_name
 from dery_cli.stages.finetune.splits import Splits
 from dery_cli.stages.finetune.start import (
     Start,
@@ -25,7 +26,7 @@ from dery_cli.stages.finetune.start import (
 )
 from dery_cli.training.distill import Teacher
 from dery_cli.types import Donor
-from dery_cli.zoo.networks import find_record, load_assembly
+from dery_cli.zoo.networks import find_record, load_assembly, made_by
 from dery_cli.zoo.registry import Zoo, require_zoo
 from dery_cli.zoo.whole import WholeDonor
 
@@ -80,13 +81,12 @@ def choose_teacher(workspace: Workspace, name: str, classes: Sequence[str]) -> T
     """
     folder, _, rest = name.partition("/")
     if rest and folder in FOLDERS:
+        name = f"{folder}/{check_name(rest.rstrip('/'), 'teacher')}"
         return TeacherChoice(name=name, sha256=_check_network(workspace, name, classes))
     zoo = require_zoo(workspace)
     if name == BEST:
         hashes = {donor.name: donor.weights_sha256 for donor in zoo.donors.values()}
-        return TeacherChoice(
-            name=name, sha256=hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
-        )
+        return TeacherChoice(name=name, sha256=json_sha256(hashes))
     return TeacherChoice(name=name, sha256=zoo[name].weights_sha256)
 
 
@@ -105,7 +105,8 @@ def _check_network(workspace: Workspace, name: str, classes: Sequence[str]) -> s
             f"there are {', '.join(there)}" if there else "dery assemble",
         )
     path, kind = find_record(folder)
-    record = read_record(path, kind, missing=f"{path} is gone", hint="dery assemble")
+    hint = made_by(path, kind)
+    record = read_record(path, kind, missing=f"there is no {path}", hint=hint)
     taught = record.data["network"]["classes"]
     if taught is None:
         raise UsageError(
@@ -140,6 +141,8 @@ def load_teacher(
     transform = start.assembly.transform
     if choice.name.partition("/")[0] in FOLDERS:
         assembly = load_assembly(workspace.root / choice.name)
+        if assembly.record.sha256 != choice.sha256:
+            raise DeryError(f"{choice.name} was replaced meanwhile", "rerun, to learn from it")
         module = Teacher(
             assembly.network, student=transform.input, teacher=assembly.transform.input
         )

@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 
 from dery_cli.core.partition.solve import Partition, PartitionProblem, partition
-from dery_cli.io.artifacts import Artifact, Workspace, unchanged, write_log, write_record
+from dery_cli.io.artifacts import Workspace, unchanged, write_log, write_record
+from dery_cli.io.records import Artifact
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.embed.store import read_embeddings
 from dery_cli.stages.partition.config import PartitionConfig
-from dery_cli.stages.partition.store import StoredPartition, partition_to_json, stored_partition
+from dery_cli.stages.partition.store import (
+    PARTITION,
+    StoredPartition,
+    partition_to_json,
+    stored_partition,
+)
 from dery_cli.stages.sim.store import StoredSimilarity, require_similarity
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo, require_zoo
@@ -32,7 +38,7 @@ def partition_zoo(terminal: Terminal, space: Workspace, config: PartitionConfig)
         terminal.warn(warning)
     similarity = require_similarity(space, embeddings, config.metric)
     wanted = Artifact(
-        kind="partition",
+        kind=PARTITION,
         parents={"similarity": similarity.record.sha256},
         options=config.options(),
         seed=config.seed,

@@ -3,17 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dery_cli.core.partition.solve import Partition
-from dery_cli.errors import StaleError
-from dery_cli.io.artifacts import Artifact, Workspace, read_record
+from dery_cli.errors import DeryError, StaleError
+from dery_cli.io.artifacts import Workspace, read_record
+from dery_cli.io.records import Artifact, Kind
+from dery_cli.io.schema import (
+    SchemaError,
+    boolean,
+    both,
+    fields,
+    file_name,
+    integer,
+    list_of,
+    number,
+    plain,
+    plain_name,
+)
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.stages.sim.store import require_similarity
 from dery_cli.types import BlockRef
+from dery_cli.zoo.schemas import COUNT
 
 PARTITION_HINT = "dery partition"
+
+
+def _one_cut_more_than_blocks(donor: Any) -> None:
+    cuts, sets = donor["cuts"], donor["sets"]
+    if len(cuts) != len(sets) + 1 or len(donor["similarity"]) != len(sets):
+        raise SchemaError(f"has {len(sets)} blocks and {len(cuts)} cuts")
+    if any(stop <= start for start, stop in itertools.pairwise(cuts)):
+        raise SchemaError("has cuts out of order")
+
+
+def _known_sets_and_anchors(data: Any) -> None:
+    names = [donor["donor"] for donor in data["donors"]]
+    if len(set(names)) < len(names):
+        raise SchemaError("has two donors of one name")
+    if [anchor["set"] for anchor in data["anchors"]] != list(range(len(data["anchors"]))):
+        raise SchemaError("has sets out of order")
+    for donor in data["donors"]:
+        if max(donor["sets"]) >= len(data["anchors"]):
+            raise SchemaError(f"has a block of set {max(donor['sets'])}, which has no anchor")
+    for anchor in data["anchors"]:
+        if anchor["donor"] not in names:
+            raise SchemaError(f"has an anchor of {anchor['donor']}, which is not cut")
+
+
+PARTITION = Kind(
+    name="partition",
+    version=1,
+    parents=("similarity",),
+    options=fields({"metric": file_name}, more=plain),
+    data=both(
+        fields(
+            {
+                "donors": list_of(
+                    both(
+                        fields(
+                            {
+                                "donor": plain_name,
+                                "cuts": list_of(COUNT, least=2),
+                                "sets": list_of(COUNT, least=1),
+                                "similarity": list_of(number()),
+                                "forced": boolean,
+                            }
+                        ),
+                        _one_cut_more_than_blocks,
+                    ),
+                    least=1,
+                ),
+                "anchors": list_of(
+                    fields({"set": COUNT, "donor": plain_name, "start": COUNT, "stop": integer(1)}),
+                    least=1,
+                ),
+                "objective": number(),
+                "upper_bound": number(),
+                "gap": number(),
+                "optimal": boolean,
+                "admits_assembly": boolean,
+            }
+        ),
+        _known_sets_and_anchors,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +181,16 @@ def require_partition(workspace: Workspace, embeddings: Embeddings) -> StoredPar
         DeryError: It is damaged.
     """
     record = read_record(
-        workspace.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
+        workspace.partition, PARTITION, missing="there is no partition", hint=PARTITION_HINT
     )
     similarity = require_similarity(workspace, embeddings, record.options["metric"])
     if record.parents["similarity"] != similarity.record.sha256:
         raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
+    for donor in record.data["donors"]:
+        known = embeddings.zoo.donors.get(donor["donor"])
+        if known is None or donor["cuts"][-1] > known.anatomy.num_units:
+            raise DeryError(
+                f"{workspace.partition} cuts {donor['donor']} where it has no node",
+                f"rerun: {PARTITION_HINT}",
+            )
     return stored_partition(record)

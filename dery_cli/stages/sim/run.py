@@ -9,7 +9,8 @@ import time
 from dery_cli.core.similarity.compare import Known, model_similarity, similarity
 from dery_cli.core.similarity.metric import Metric, MetricOptions, Similarity
 from dery_cli.errors import DeryError
-from dery_cli.io.artifacts import Artifact, Workspace, unchanged, write_log
+from dery_cli.io.artifacts import Workspace, write_log
+from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.embed.store import Embeddings, read_embeddings
@@ -18,7 +19,9 @@ from dery_cli.stages.sim.store import (
     StoredSimilarity,
     node_index,
     read_similarity,
+    shapes,
     similarity_artifact,
+    unchanged_similarity,
     write_similarity,
 )
 from dery_cli.zoo.plugin import find_metric, guarded
@@ -64,8 +67,8 @@ def compare_zoo(terminal: Terminal, space: Workspace, config: SimConfig) -> Comp
             embeddings, config.metric, config.recorded(options), directional=metric.directional
         )
         started = time.monotonic()
-        if unchanged(space.similarity(config.metric), record) is not None:
-            stored = read_similarity(space, config.metric)
+        stored = unchanged_similarity(space, record)
+        if stored is not None:
             terminal.say(f"the similarity '{config.metric}' is up to date")
         else:
             options = dataclasses.replace(
@@ -124,8 +127,9 @@ def _compute(
             known=known,
             progress=lambda done, total: bar.update(100 * done // max(total, 1)),
         )
-        if result.sim_PP.shape != (len(index),) * 2:
-            raise ValueError(f"{len(index)} nodes gave a matrix {tuple(result.sim_PP.shape)}")
+        for name, shape in shapes(len(index)).items():
+            if (found := tuple(getattr(result, name).shape)) != shape:
+                raise ValueError(f"{len(index)} nodes gave {name} of the shape {found}")
         bar.update(100)
     for row in result.constant_nodes:
         donor, node = index[row]

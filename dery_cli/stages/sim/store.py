@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
-from torch import Tensor
-
 from dery_cli.core.similarity.metric import Similarity
-from dery_cli.errors import StaleError
-from dery_cli.io.artifacts import Artifact, Workspace, check_files, read_record, transaction
+from dery_cli.errors import DeryError, StaleError
+from dery_cli.io.artifacts import Workspace, open_artifact, open_unchanged
+from dery_cli.io.journal import transaction
+from dery_cli.io.look import Opened
+from dery_cli.io.records import Artifact, Kind
+from dery_cli.io.schema import boolean, fields, file_name, integer, list_of, plain, plain_name, row
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.zoo.registry import Zoo
+
+SIMILARITY = Kind(
+    name="similarity",
+    version=1,
+    options=fields({"metric": file_name}, more=plain),
+    data=fields({"index": list_of(row(plain_name, integer(1)), least=1), "directional": boolean}),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,7 @@ def similarity_artifact(
     options = dict(options)
     seed = options.pop("seed", None)
     return Artifact(
-        kind="similarity",
+        kind=SIMILARITY,
         parents={f"embedding/{name}": sha for name, sha in embeddings.hashes.items()},
         options={"metric": metric, **options},
         seed=seed,
@@ -72,21 +82,10 @@ def write_similarity(
     workspace: Workspace, record: Artifact, result: Similarity
 ) -> StoredSimilarity:
     """Write a similarity matrix under its record."""
-    from safetensors.torch import save_file
-
-    numer_PP = result.numer_PP
-    if numer_PP.data_ptr() == result.sim_PP.data_ptr():  # no file holds one tensor twice
-        numer_PP = numer_PP.clone()
     path = workspace.similarity(record.options["metric"])
+    tensors = {name: getattr(result, name) for name in shapes(len(record.data["index"]))}
     with transaction(path) as work:
-        save_file(
-            {
-                "sim_PP": result.sim_PP.contiguous(),
-                "numer_PP": numer_PP.contiguous(),
-                "unit_P": result.unit_P.contiguous(),
-            },
-            work.path(path.with_suffix(".safetensors").name),
-        )
+        work.write_tensors(path.with_suffix(".safetensors").name, tensors)
         record = work.commit(record)
     return StoredSimilarity(record=record, result=result, index=_index(record))
 
@@ -98,25 +97,45 @@ def read_similarity(workspace: Workspace, metric: str) -> StoredSimilarity:
         StaleError: There is none.
         DeryError: It is damaged.
     """
-    from safetensors.torch import load_file
+    missing = f"there is no similarity matrix '{metric}'"
+    path, hint = workspace.similarity(metric), f"dery sim --metric {metric}"
+    return _stored(open_artifact(path, SIMILARITY, missing=missing, hint=hint))
 
-    hint = f"dery sim --metric {metric}"
-    path = workspace.similarity(metric)
-    record = read_record(
-        path, "similarity", missing=f"there is no similarity matrix '{metric}'", hint=hint
-    )
-    check_files(path, record, hint=hint)
-    tensors: dict[str, Tensor] = load_file(path.with_suffix(".safetensors"))
+
+def unchanged_similarity(workspace: Workspace, wanted: Artifact) -> StoredSimilarity | None:
+    """The matrix of the same embeddings and options, if it is there and whole."""
+    opened = open_unchanged(workspace.similarity(wanted.options["metric"]), wanted)
+    if opened is None:
+        return None
+    with contextlib.suppress(DeryError):
+        return _stored(opened)
+    return None
+
+
+def _stored(opened: Opened) -> StoredSimilarity:
+    """The matrix that was opened.
+
+    Raises:
+        DeryError: It is not of its record's nodes.
+    """
+    record = opened.record
+    file = opened.path.with_suffix(".safetensors").name
+    tensors = opened.tensors(file, shapes(len(record.data["index"])))
     return StoredSimilarity(
         record=record,
         result=Similarity(
-            metric=metric,
+            metric=record.options["metric"],
             sim_PP=tensors["sim_PP"],
             numer_PP=tensors["numer_PP"],
             unit_P=tensors["unit_P"],
         ),
         index=_index(record),
     )
+
+
+def shapes(nodes: int) -> dict[str, tuple[int, ...]]:
+    """What the tensors of a matrix of so many nodes look like."""
+    return {"sim_PP": (nodes, nodes), "numer_PP": (nodes, nodes), "unit_P": (nodes,)}
 
 
 def _index(record: Artifact) -> tuple[tuple[str, int], ...]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.io.artifacts import Workspace, file_sha256
+from dery_cli.io.artifacts import Workspace
+from dery_cli.io.files import PART, PENDING, file_sha256, not_written, sync
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import check_name
 from dery_cli.stages.zoo.config import AddConfig
@@ -77,7 +78,7 @@ def add_donors(terminal: Terminal, space: Workspace, config: AddConfig) -> Added
     unchanged: list[str] = []
     failed: dict[str, DeryError] = {}
     with space.lock(terminal.note):
-        zoo = read_zoo(space)
+        zoo = _present(terminal, space)
         for name, entry in named.items():
             zoo.check_free(name, entry.spec)
         with terminal.progress("adding donors", len(named)) as progress:
@@ -98,6 +99,15 @@ def add_donors(terminal: Terminal, space: Workspace, config: AddConfig) -> Added
                         donors.append(donor)
                 progress.advance()
     return Added(donors=donors, unchanged=unchanged, failed=failed, zoo=zoo.names())
+
+
+def _present(terminal: Terminal, space: Workspace) -> Zoo:
+    """The zoo that is added to; one whose record cannot be read is begun anew, which is said."""
+    try:
+        return read_zoo(space)
+    except DeryError as error:
+        terminal.warn(f"{error.message}: the zoo is begun anew; donors it had have to be added too")
+        return Zoo([])
 
 
 def _entries(config: AddConfig) -> list[ManifestEntry]:
@@ -155,7 +165,8 @@ def _prepare(
 
 def _plain_suffix(path: Path) -> str:
     """A file's suffix, where it may stand in a workspace's own file names."""
-    return path.suffix if is_file_name(f"x{path.suffix}") else ""
+    kept = is_file_name(f"x{path.suffix}") and path.suffix not in (PART, PENDING)
+    return path.suffix if kept else ""
 
 
 def _check_hash(entry: ManifestEntry, wanted: str, warn: Callable[[str], None]) -> None:
@@ -186,14 +197,15 @@ def _register(space: Workspace, zoo: Zoo, donor: Donor, entry: ManifestEntry) ->
 
 def _keep_copy(source: Path, target: Path) -> None:
     """Copy a local checkpoint into the workspace: later stages do not depend on its place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(target.name + ".part")
+    half = target.with_name(target.name + PART)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, half)
+        sync(half)
         half.replace(target)
     except OSError as error:
         half.unlink(missing_ok=True)
-        raise DeryError(f"cannot copy {source} to {target}: {error.strerror}") from error
+        raise not_written(target, error) from error
 
 
 def remove_donors(

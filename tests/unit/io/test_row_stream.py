@@ -8,10 +8,16 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import _TYPES as _DTYPES
 from safetensors.torch import load_file, save_file
 
 from dery_cli.errors import DeryError
-from dery_cli.io.row_stream import LazyRows, SafetensorsStream, read_rows, stream_nbytes
+from dery_cli.io.row_stream import (
+    SafetensorsStream,
+    TensorFile,
+    stream_nbytes,
+    write_tensors,
+)
 
 TENSORS = {
     "1.feat_NC": torch.arange(28, dtype=torch.float32).view(7, 4),
@@ -70,12 +76,11 @@ def test_empty_tensor_needs_no_rows(tmp_path):
 
 def test_lazy_rows(tmp_path):
     path = write(tmp_path / "stream")
-    rows = LazyRows(path, "10.feat_NGC")
+    rows = TensorFile(path).rows("10.feat_NGC")
     assert rows.shape == (7, 3, 5)
     assert len(rows) == 7
     assert torch.equal(rows[2:5], TENSORS["10.feat_NGC"][2:5])
     assert torch.equal(rows[5:], TENSORS["10.feat_NGC"][5:])
-    assert torch.equal(read_rows(path, "labels", 3, 6), torch.tensor([3, 4, 5]))
     with pytest.raises(ValueError, match="steps of one"):
         rows[::2]
 
@@ -135,9 +140,25 @@ def test_damaged_file(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
     with pytest.raises(DeryError, match="cannot be read"):
-        LazyRows(path, "labels")
+        TensorFile(path)
     path.write_bytes(whole)
     with pytest.raises(DeryError, match="nothing"):
-        LazyRows(path, "nothing")
-    with pytest.raises(DeryError, match="absent"):
-        LazyRows(tmp_path / "absent", "labels")
+        TensorFile(path).rows("nothing")
+    with pytest.raises(DeryError, match="shown cannot be read"):
+        TensorFile(tmp_path / "absent", shown=tmp_path / "shown")
+
+
+def test_whole_tensors_are_the_bytes_of_save_file(tmp_path):
+    """Of every type that safetensors has, without a shape and empty too."""
+    tensors = {
+        **{str(dtype): torch.ones(3, 2).to(dtype) for dtype in _DTYPES.values()},
+        "number": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.arange(6.0).view(2, 3).T,
+    }
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "whole")
+    write_tensors(tmp_path / "ours", tensors)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "whole").read_bytes()
+    found = TensorFile(tmp_path / "ours")
+    assert found.specs() == {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    assert torch.equal(found.tensors()["turned"], tensors["turned"])

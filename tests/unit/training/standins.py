@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from dery_cli.training import checkpoint as ckpt
+
 CLASSES = ("a", "b", "c")
 
 
@@ -91,3 +93,9 @@ def in_a_child(work: Callable[[], None]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def weights_of(run_dir: Path, kind: str = "best") -> dict[str, torch.Tensor]:
+    """The weights of a run's checkpoint, averaged where the run averaged them."""
+    tensors = ckpt.load_checkpoint(ckpt.find_checkpoint(run_dir, kind)).tensors
+    return tensors.get("ema", tensors["model"])

@@ -11,10 +11,21 @@ import time
 import pytest
 import torch
 
-from dery_cli.errors import DeryError, UsageError
+from dery_cli.errors import DeryError
+from dery_cli.io.files import file_sha256
+from dery_cli.io.schema import fields, number
 from dery_cli.training import checkpoint as ckpt
-from dery_cli.training.runlog import append_metrics, read_metrics, rewind_metrics, run_lock
+from dery_cli.training.runlog import (
+    append_metrics,
+    read_metrics,
+    rewind_metrics,
+    run_lock,
+    settle_run,
+)
+from tests.unit.io.samples import edit
 from tests.unit.training.standins import in_a_child, same
+
+M = "model.safetensors"
 
 
 def tensors(value=1.0):
@@ -52,9 +63,9 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path):
     assert (loaded.step, loaded.state) == (12, state)
     assert same(loaded.tensors["model"], named)
     assert loaded.tensors["optimizer"] == {}
-    record = json.loads((folder / "checkpoint.json").read_text())["files"]["model.safetensors"]
-    assert record["sha256"] == ckpt.file_sha256(folder / "model.safetensors")
-    assert record["aliases"] == {"tied": "weight"}
+    record = json.loads((folder / "checkpoint.json").read_text())
+    assert record["files"]["model.safetensors"] == file_sha256(folder / "model.safetensors")
+    assert record["data"]["aliases"]["model.safetensors"] == {"tied": "weight"}
 
 
 def test_nothing_is_pickled(tmp_path):
@@ -86,7 +97,7 @@ def test_a_name_that_is_taken_is_refused_and_left_alone(tmp_path):
 
 def test_a_missing_file_is_named_with_its_hash(tmp_path):
     folder = save(tmp_path)
-    digest = ckpt.file_sha256(folder / "model.safetensors")
+    digest = file_sha256(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     with pytest.raises(DeryError) as error:
         ckpt.load_checkpoint(folder)
@@ -102,7 +113,7 @@ def test_a_missing_file_is_named_with_its_hash(tmp_path):
 def test_an_altered_file_is_named_with_both_hashes(tmp_path, damage):
     folder = save(tmp_path)
     path = folder / "model.safetensors"
-    before, data = ckpt.file_sha256(path), bytearray(path.read_bytes())
+    before, data = file_sha256(path), bytearray(path.read_bytes())
     if damage == "flip":
         data[-3] ^= 1
     path.write_bytes(data[:-1] if damage == "cut" else data)
@@ -110,39 +121,48 @@ def test_an_altered_file_is_named_with_both_hashes(tmp_path, damage):
         ckpt.load_checkpoint(folder)
     assert f"{path} was altered or cut short" in error.value.message
     assert before in error.value.message
-    assert ckpt.file_sha256(path) in error.value.message
+    assert file_sha256(path) in error.value.message
 
 
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "seal", "text"),
     [
-        (lambda d: d.update(step=6), "was altered: sha256"),
-        (lambda d: d.update(version=2), "was written by a newer dery: checkpoint version 2"),
-        (lambda d: d.update(format="other"), "is of format 'other'"),
-        (lambda d: d.pop("sha256"), "is not a checkpoint's record"),
+        (lambda b: b["data"].update(step=6), False, "was altered: its sha256 is"),
+        (lambda b: b.update(version=3), False, "was written by a newer dery (format 3"),
+        (lambda b: b.update(format="dery-checkpoint"), False, "is in the older format"),
+        (lambda b: b.update(format="other"), False, "holds 'other'"),
+        (lambda b: b.pop("sha256"), False, "is damaged: it has no field 'sha256'"),
+        (lambda b: b["data"].update(step="x"), True, "is damaged: data.step is 'x'"),
+        (lambda b: b["data"].update(step=6), True, "holds the state after 6 updates"),
+        (lambda b: b["data"].update(state=[]), True, "is damaged: data.state is a list"),
+        (
+            lambda b: b["data"].update(aliases={"../x": {}}),
+            True,
+            "is damaged: data.aliases['../x']",
+        ),
+        (lambda b: b["data"]["aliases"].update({M: {"b": "c"}}), True, "'b' cannot be 'c'"),
+        (lambda b: b["data"]["aliases"].update({M: {"a": "n"}}), True, "'a' cannot be 'n'"),
+        (lambda b: b["files"].update({"../x": "0" * 64}), True, "is damaged: files['../x']"),
+        (lambda b: b["files"].clear(), True, "names no file model.safetensors"),
     ],
 )
-def test_an_altered_or_newer_record_is_refused(tmp_path, change, text):
+def test_an_altered_or_hostile_record_is_refused(tmp_path, change, seal, text):
     path = save(tmp_path) / "checkpoint.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
+    edit(path, change, seal=seal)
     with pytest.raises(DeryError) as error:
-        ckpt.load_checkpoint(path.parent)
+        ckpt.load_checkpoint(path.parent, only="model")
     assert text in error.value.message
+    assert "fine-tune again without --resume" in error.value.hint
     path.write_text("{")
-    with pytest.raises(DeryError, match="is not a checkpoint's record"):
+    with pytest.raises(DeryError, match="is damaged: it is no JSON, or cut short"):
         ckpt.load_checkpoint(path.parent)
 
 
-def test_weights_are_the_averaged_ones_where_there_are_any(tmp_path):
-    with pytest.raises(UsageError, match="holds no best checkpoint"):
-        ckpt.load_weights(tmp_path)
-    save(tmp_path, "best", value=3.0)
-    both = {"model": {"a": torch.zeros(1)}, "ema": {"a": torch.ones(1)}}
-    ckpt.save_checkpoint(tmp_path, "last", 1, both, {})
-    assert ckpt.load_weights(tmp_path)["a"][0, 0] == 3.0
-    assert ckpt.load_weights(tmp_path, "last")["a"] == 1.0
+def test_what_its_state_must_be_is_asked(tmp_path):
+    folder = save(tmp_path, lr=-1)
+    assert ckpt.load_checkpoint(folder).state == {"lr": -1}
+    with pytest.raises(DeryError, match=r"is damaged: data\.state\.lr is -1"):
+        ckpt.load_checkpoint(folder, state=fields({"lr": number(0)}))
 
 
 def test_a_file_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path):
@@ -168,7 +188,7 @@ def test_a_full_disk_says_so(tmp_path, monkeypatch):
     def fail(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt, "_sync", fail)
+    monkeypatch.setattr(ckpt, "sync", fail)
     with pytest.raises(DeryError, match="the disk is full"):
         save(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -219,3 +239,31 @@ def test_metrics_lines_are_dropped_after_the_step_resumed_from(tmp_path):
     assert rewind_metrics(tmp_path, 20) == [{"step": 10, "loss": 0.5}, {"step": 20, "loss": None}]
     append_metrics(tmp_path, {"step": 30, "loss": 0.4})
     assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\n", b"[1]\n", b'{"lo": 1}\n', b"[" * 100_000 + b"\n", b"\n"]
+)
+def test_a_damaged_line_is_named_and_left_behind(tmp_path, line):
+    append_metrics(tmp_path, {"step": 10})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line)
+    append_metrics(tmp_path, {"step": 20})
+    assert read_metrics(tmp_path) == [{"step": 10}, {"step": 20}]
+    told = []
+    assert rewind_metrics(tmp_path, 20, told.append) == [{"step": 10}, {"step": 20}]
+    assert told == [f"{tmp_path / 'metrics.jsonl'} is damaged in line 2: left out"]
+    assert rewind_metrics(tmp_path, 20, told.append) == [{"step": 10}, {"step": 20}]
+    assert len(told) == 1
+
+
+def test_who_takes_a_run_s_lock_settles_what_a_killed_process_left(tmp_path):
+    (tmp_path / "model.safetensors.pending").write_text("half")
+    settle_run(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
+    (tmp_path / "model.safetensors.pending").write_text("half")
+    with run_lock(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"]
+        (tmp_path / "model.safetensors.pending").write_text("being written")
+        settle_run(tmp_path)  # somebody is at work: it is his
+        assert (tmp_path / "model.safetensors.pending").exists()

@@ -16,7 +16,15 @@ from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.loop import finetune
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.runlog import run_lock
-from tests.unit.training.standins import CLASSES, Assembly, Noisy, images, lines, same
+from tests.unit.training.standins import (
+    CLASSES,
+    Assembly,
+    Noisy,
+    images,
+    lines,
+    same,
+    weights_of,
+)
 
 
 def run(tmp_path, model=None, train=None, valid="same", **changes):
@@ -53,7 +61,7 @@ def assert_same_run(one, other):
     assert metrics == metrics_2
     best, best_2 = (ckpt.find_checkpoint(path, "best") for path in (one, other))
     assert best.name == best_2.name
-    assert same(ckpt.load_weights(one), ckpt.load_weights(other))
+    assert same(weights_of(one), weights_of(other))
 
 
 def test_it_learns_and_the_model_ends_with_the_best_weights(tmp_path):
@@ -67,7 +75,7 @@ def test_it_learns_and_the_model_ends_with_the_best_weights(tmp_path):
     assert set(result.history[0]) == {
         "step", "epoch", "lr", "train_loss", "valid_loss", "valid_top1"
     }  # fmt: skip
-    assert same(model.state_dict(), ckpt.load_weights(tmp_path, "best"))
+    assert same(model.state_dict(), weights_of(tmp_path, "best"))
     assert not model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     with torch.no_grad():
@@ -241,7 +249,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert result.finished
     assert len(result.history) == 3
     assert before[1:] == everything(tmp_path)[1:]
-    assert same(model.state_dict(), ckpt.load_weights(tmp_path))
+    assert same(model.state_dict(), weights_of(tmp_path))
 
 
 def test_a_fresh_run_replaces_the_one_before(tmp_path):
@@ -256,7 +264,7 @@ def test_without_validation_data_the_last_weights_are_the_best(tmp_path):
     model = Assembly()
     result = run(tmp_path, model, valid=None)
     assert (result.best_step, result.best) == (12, {})
-    assert same(ckpt.load_weights(tmp_path, "best"), ckpt.load_weights(tmp_path, "last"))
+    assert same(weights_of(tmp_path, "best"), weights_of(tmp_path, "last"))
 
 
 def test_progress_tells_every_update(tmp_path):

@@ -16,7 +16,15 @@ from dery_cli.training import checkpoint as ckpt
 from dery_cli.training.loop import finetune
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.signals import Interruption
-from tests.unit.training.standins import CLASSES, Assembly, Noisy, images, in_a_child, lines
+from tests.unit.training.standins import (
+    CLASSES,
+    Assembly,
+    Noisy,
+    images,
+    in_a_child,
+    lines,
+    weights_of,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -119,7 +127,7 @@ def test_a_run_killed_at_any_moment_resumes(tmp_path):
         reached = last(tmp_path).step
         assert reached > step
         step = reached
-        assert ckpt.load_weights(tmp_path, "best").keys() == Assembly().state_dict().keys()
+        assert weights_of(tmp_path, "best").keys() == Assembly().state_dict().keys()
         told = [line["step"] for line in lines(tmp_path)]
         assert told[:step] == list(range(1, step + 1))
 

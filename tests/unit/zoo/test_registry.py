@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 
 import dery_demo
 from dery_cli.core.dissection.dissect import DissectError, dissect
-from dery_cli.io.artifacts import Artifact, Workspace, write_record
+from dery_cli.io.artifacts import Workspace
 from dery_cli.zoo import registry as zoo_module
 from dery_cli.zoo.registry import Spec, load_donor, read_zoo
 from tests.conftest import run_dery
+from tests.unit.io.samples import edit
 
 
 def weights(path, *, seed=1, classes=None):
@@ -189,11 +190,39 @@ def test_a_crafted_zoo_never_reaches_out_of_its_workspace(tmp_path, field, value
         victim.write_text("mine")
     space = Workspace(tmp_path / ".dery")
     value = str(victims[0].with_suffix("")) if value == "ABSOLUTE" else value
-    crafted = {**read_zoo(space)["demo__mobilenetv3"].to_json(), field: value}
-    write_record(space.zoo, Artifact(kind="zoo", data={"donors": [crafted]}))
-    for line in (["list"], ["remove", str(crafted["name"])]):
+    edit(space.zoo, lambda body: body["data"]["donors"][0].update({field: value}), seal=True)
+    for line in (["list"], ["remove", str(value)]):
         outcome = run_dery("zoo", *line, cwd=tmp_path)
         assert outcome.code == 1, outcome
         assert "zoo.json is damaged" in outcome.stderr
         assert "Traceback" not in outcome.stderr
     assert all(victim.read_text() == "mine" for victim in victims)
+
+
+def test_a_zoo_that_cannot_be_read_is_begun_anew_by_the_command_that_is_named(tmp_path):
+    add = ("zoo", "add", "demo/mobilenetv3")
+    assert run_dery(*add, cwd=tmp_path).code == 0
+    path = tmp_path / ".dery" / "zoo.json"
+    before = path.read_bytes()
+    for damage in (b"{", b"[" * 100_000, b"\xff", before.replace(b'"version": 1', b'"version": 9')):
+        path.write_bytes(damage)
+        outcome = run_dery("zoo", "list", "--json", cwd=tmp_path)
+        assert outcome.code == 1
+        assert str(path.name) in outcome.json["error"]["message"]
+        assert "dery zoo add SPEC" in outcome.json["error"]["hint"]
+        outcome = run_dery(*add, "--json", cwd=tmp_path)
+        assert outcome.code == 0
+        assert "the zoo is begun anew" in outcome.json["warnings"][0]
+        assert path.read_bytes() == before
+
+
+def test_a_zoo_that_was_committed_but_not_renamed_is_there(tmp_path):
+    assert run_dery("zoo", "add", "demo/mobilenetv3", cwd=tmp_path).code == 0
+    path = tmp_path / ".dery" / "zoo.json"
+    path.rename(path.with_name("zoo.json.pending"))
+    outcome = run_dery("zoo", "list", "--json", cwd=tmp_path)
+    assert [donor["name"] for donor in outcome.json["result"]["donors"]] == ["demo__mobilenetv3"]
+    assert not path.exists()
+    assert run_dery("zoo", "add", "demo/mobilenetv3", cwd=tmp_path).code == 0
+    assert path.exists()
+    assert not path.with_name("zoo.json.pending").exists()

@@ -499,7 +499,7 @@ def test_products_are_full_float32_whatever_the_caller_has_set():
 
 
 def test_lazy_rows_from_a_file(tmp_path):
-    from dery_cli.io.row_stream import LazyRows, SafetensorsStream
+    from dery_cli.io.row_stream import SafetensorsStream, TensorFile
 
     features = related()
     specs = {str(p): (f.dtype, tuple(f.shape)) for p, f in enumerate(features)}
@@ -507,5 +507,5 @@ def test_lazy_rows_from_a_file(tmp_path):
     with SafetensorsStream(path, specs) as stream:
         for p, f in enumerate(features):
             stream.write(str(p), f)
-    lazy = [LazyRows(path, str(p)) for p in range(len(features))]
+    lazy = [TensorFile(path).rows(str(p)) for p in range(len(features))]
     assert torch.equal(similarity(lazy).sim_PP, similarity(features).sim_PP)

@@ -1,0 +1,122 @@
+"""The artifacts of assembling: the assembly, and what was scored and timed on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dery_cli.io.records import Kind
+from dery_cli.io.schema import (
+    any_text,
+    boolean,
+    fields,
+    integer,
+    list_of,
+    mapping,
+    number,
+    one_of,
+    optional,
+    plain_name,
+    row,
+)
+from dery_cli.zoo import schemas
+from dery_cli.zoo.schemas import COUNT, SCORE, network_data
+
+CANDIDATES_FORMAT = "dery/candidates/1"
+_BLOCK = (plain_name, COUNT, COUNT)
+_STITCH = (plain_name, COUNT, plain_name, COUNT)
+
+_SCORED: dict[str, Any] = {
+    "network": any_text,
+    "whole": boolean,
+    "blocks": list_of(row(*_BLOCK), least=1),
+    "params": COUNT,
+    "flops": COUNT,
+    "program_score": SCORE,
+    "latency_ns": optional(COUNT),
+    "memory_bytes": optional(COUNT),
+    "proxy": SCORE,
+    "held_out": SCORE,
+    "r2": list_of(SCORE),
+}
+CANDIDATES = fields(
+    {
+        "schema": one_of(CANDIDATES_FORMAT),
+        "proxy": any_text,
+        "candidates": list_of(fields(_SCORED), least=1),
+    }
+)
+"""``candidates.json``, a file of the assembly."""
+
+ASSEMBLY = dataclasses.replace(
+    schemas.ASSEMBLY,
+    parents=("partition", "target"),
+    data=network_data(
+        {
+            "name": any_text,
+            "whole": boolean,
+            "latency_ns": optional(COUNT),
+            "memory_bytes": optional(COUNT),
+            "input_shape": row(integer(1), integer(1), integer(1)),
+            "budget": any_text,
+            "match": optional(fields({"before": number(), "after": number(), "kept": boolean})),
+            "proxy": fields({"name": any_text, "score": SCORE}),
+            "held_out": SCORE,
+            "program": fields(
+                {
+                    "upper_bound": SCORE,
+                    "optimal": boolean,
+                    "complete": boolean,
+                    "solver": any_text,
+                    "solver_agrees": boolean,
+                    "agreement": any_text,
+                    "score": SCORE,
+                }
+            ),
+            "licenses": mapping(list_of(plain_name, least=1)),
+            "comparison": list_of(
+                fields({"role": any_text, **_SCORED, "mean_r2": SCORE, "test_top1": SCORE}),
+                least=1,
+            ),
+            "test_top1": SCORE,
+        }
+    ),
+)
+LOG = fields(
+    {
+        "seconds": number(),
+        "latency": optional(
+            fields(
+                {
+                    "batch_size": integer(1),
+                    "sum_of_parts_ns": number(),
+                    "built_network_ns": number(),
+                    "additive_error": number(),
+                }
+            )
+        ),
+    }
+)
+SCORES = Kind(
+    name="scores",
+    version=1,
+    parents=("partition", "target"),
+    data=fields(
+        {
+            "gains": optional(list_of(row(*_BLOCK, number()))),
+            "joints": list_of(row(COUNT, COUNT, number())),
+        }
+    ),
+)
+LATENCY = Kind(
+    name="latency",
+    version=1,
+    parents=("partition",),
+    data=fields(
+        {
+            "blocks": list_of(row(*_BLOCK, COUNT)),
+            "stitches": list_of(row(*_STITCH, COUNT)),
+            "wholes": mapping(COUNT, key=plain_name),
+        }
+    ),
+)
