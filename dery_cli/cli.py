@@ -23,7 +23,7 @@ from dery_cli.commands.partition import partition
 from dery_cli.commands.sim import sim
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
-from dery_cli.runtime.launcher import is_follower
+from dery_cli.runtime.launcher import Dismissed, is_follower
 from dery_cli.runtime.terminal import current_terminal
 
 SCHEMA = "dery/1"
@@ -116,6 +116,8 @@ def _run(args: Sequence[str]) -> int:
         error = {"code": "terminated", "message": "terminated by SIGTERM", "hint": None}
     except typer.Exit as stop:
         return stop.exit_code
+    except Dismissed as over:  # not the main process: it printed nothing, its exit code says enough
+        return ExitCode.FAILED if over.code is None else over.code
     except BrokenPipeError:
         return ExitCode.FAILED
     except Exception as failure:
@@ -130,12 +132,18 @@ def _run(args: Sequence[str]) -> int:
                 return ExitCode.USAGE
             hint = f"{'dery ' + name if name else 'dery'} --help"
             error = {"code": "usage", "message": message, "hint": hint}
+    _print_outcome(name, result, error, as_json=wants_json)
+    return int(code)
+
+
+def _print_outcome(name: str, result: Any, error: dict[str, Any] | None, *, as_json: bool) -> None:
+    """The error, if there is one, to stderr; the JSON object, if it is wanted, to stdout."""
     terminal = current_terminal()
     if error is not None and error["code"] != "bug":
         terminal.err.print(f"error: {error['message']}", style="bold red", markup=False)
         if error["hint"]:
             terminal.err.print(f"  {error['hint']}", markup=False)
-    if wants_json:
+    if as_json:
         outcome = {
             "schema": SCHEMA,
             "command": name,
@@ -146,7 +154,6 @@ def _run(args: Sequence[str]) -> int:
         }
         sys.stdout.write(json.dumps(_finite(outcome), ensure_ascii=False) + "\n")
         sys.stdout.flush()
-    return int(code)
 
 
 def _finite(value: Any) -> Any:

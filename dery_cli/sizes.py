@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 from dery_cli.errors import UsageError
@@ -12,6 +14,9 @@ _SUFFIXES = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kKmMgGbBtT]?)\s*")
 _TIME = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(us|ms|s)\s*")
 _TIME_UNITS = {"us": 3, "ms": 6, "s": 9}
+
+LARGEST = 2**31 - 1
+"""More than any option has a use for; beyond it arithmetic and allocations would fail."""
 
 
 def parse_size(text: str, option: str) -> int:
@@ -48,9 +53,21 @@ def parse_time(text: str, option: str) -> int:
     return int(value)
 
 
+def within(total: int, minimum: int | None, maximum: int | None) -> bool:
+    """Whether a total keeps both limits, to the unit; None where there is none."""
+    return (minimum is None or total >= minimum) and (maximum is None or total <= maximum)
+
+
 def show_time(nanoseconds: float) -> str:
     """A time in milliseconds, as reports write it: 8_123_456 -> ``8.123 ms``."""
     return f"{nanoseconds / 1e6:,.3f} ms"
+
+
+def show_duration(seconds: float) -> str:
+    """A time to wait: 3723 -> ``1:02:03``, 123 -> ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def show_count(value: float) -> str:
@@ -59,6 +76,24 @@ def show_count(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:.2f}{suffix}"
     return f"{value:.0f}"
+
+
+def show_shape(sides: Iterable[int]) -> str:
+    """A tensor's shape or an image's sides: (3, 224, 224) -> ``3x224x224``."""
+    return "x".join(str(side) for side in sides)
+
+
+def show_range(values: Sequence[float]) -> str | None:
+    """From the first value to the last: [4, 8, 32] -> ``4..32``; None without any."""
+    if not values:
+        return None
+    first, last = f"{values[0]:g}", f"{values[-1]:g}"
+    return first if first == last else f"{first}..{last}"
+
+
+def show_decimals(value: float | None, digits: int = 4) -> str | None:
+    """A share, score or loss: 0.87654 -> ``0.8765``; None, which tables show as a dash, stays."""
+    return None if value is None else f"{value:.{digits}f}"
 
 
 def check_name(name: str, what: str) -> str:
@@ -75,13 +110,63 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_at_least(option: str, value: float, minimum: float = 1) -> None:
-    """Refuse an option's value below ``minimum``.
+    """Refuse an option's value below ``minimum``, not finite, or above ``LARGEST``.
 
     Raises:
         UsageError: It is.
     """
-    if value < minimum:
-        raise UsageError(f"{option} is {value}; it must be at least {minimum:g}")
+    _check_limits(option, value, value >= minimum, f"at least {_show(minimum)}", LARGEST)
+
+
+def check_above(option: str, value: float, bound: float = 0) -> None:
+    """Refuse an option's value that is not above ``bound``, not finite, or above ``LARGEST``.
+
+    Raises:
+        UsageError: It is.
+    """
+    _check_limits(option, value, value > bound, f"above {_show(bound)}", LARGEST)
+
+
+def check_between(
+    option: str, value: float, low: float, high: float, *, below: bool = False
+) -> None:
+    """Refuse an option's value outside of ``low`` to ``high``, or not finite.
+
+    Args:
+        option: What the user calls it.
+        value: Of the option.
+        low: Smallest value.
+        high: Largest value.
+        below: ``high`` itself is refused too.
+
+    Raises:
+        UsageError: It is.
+    """
+    inside = low <= value < high if below else low <= value <= high
+    upper = f"below {_show(high)}" if below else f"at most {_show(high)}"
+    _check_limits(option, value, inside, f"at least {_show(low)} and {upper}", high)
+
+
+def check_seed(seed: int, option: str = "--seed") -> None:
+    """Refuse a seed that Python, numpy or torch would not take.
+
+    Raises:
+        UsageError: It is negative, or of 64 bits and more.
+    """
+    check_between(option, seed, 0, 2**63 - 1)
+
+
+def _check_limits(option: str, value: float, inside: bool, limits: str, most: float) -> None:
+    if not math.isfinite(value):
+        raise UsageError(f"{option} is {value}; it must be a number, {limits}")
+    if not inside:
+        raise UsageError(f"{option} is {value}; it must be {limits}")
+    if value > most:
+        raise UsageError(f"{option} is {value}; it must be at most {_show(most)}")
+
+
+def _show(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def check_one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,18 +18,15 @@ from dery_cli.commands._options import (
     command,
     open_workspace,
 )
-from dery_cli.errors import DeryError, UsageError
-from dery_cli.io.artifacts import (
-    read_log,
-    unchanged,
-)
+from dery_cli.commands._tables import COST_COLUMNS, cost_cells
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count, show_time
+from dery_cli.sizes import parse_size, parse_time, show_count, show_decimals, show_time
 from dery_cli.stages.assemble.config import FINALISTS, AssembleConfig, Budget, DonorFilter
-from dery_cli.zoo.plugin import PROXY_GROUP, plugin_names
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from dery_cli.stages.assemble.run import Assembled, Frontier
+
+NETWORK_COLUMN = "network: donor[first node:last node]"
 
 
 @command
@@ -163,13 +161,13 @@ def assemble(
     and tried on the rest, which decides. The result works untrained.
     """
     config = AssembleConfig(
-        budget=Budget.parse(
-            max_params=max_params,
-            min_params=min_params,
-            max_flops=max_flops,
-            min_flops=min_flops,
-            max_latency=max_latency,
-            max_memory=max_memory,
+        budget=Budget(
+            max_params=_size(max_params, "--max-params"),
+            min_params=_size(min_params, "--min-params"),
+            max_flops=_size(max_flops, "--max-flops"),
+            min_flops=_size(min_flops, "--min-flops"),
+            max_latency=None if max_latency is None else parse_time(max_latency, "--max-latency"),
+            max_memory=_size(max_memory, "--max-memory"),
         ),
         donors=DonorFilter(
             licenses=tuple(license_ or ()),
@@ -194,42 +192,60 @@ def assemble(
         target_samples=target_samples,
         max_seconds=max_seconds,
         seed=seed,
+        require_optimal=require_optimal,
+        device=device,
+        workers=workers,
     )
-    if proxy is not None and proxy not in plugin_names(PROXY_GROUP):
-        raise UsageError(
-            f"--proxy is '{proxy}'", f"choose from {', '.join(plugin_names(PROXY_GROUP))}"
-        )
-    from dery_cli.stages.assemble import run as stage
+    from dery_cli.stages.assemble.run import assemble_network, trace_frontier
 
     space = open_workspace(workspace)
-    path = space.assembly(name)
-    with space.lock(terminal.note):
-        assembler, record, proxy_name = stage.prepare(terminal, space, config, device, workers)
-        if config.budget.max_latency is not None:
-            record = stage.with_latency(terminal, space, assembler, record)
-        if pareto:
-            return stage.show_frontier(terminal, space, assembler, record)
-        found = unchanged(path, record)
-        if found is not None:
-            terminal.say(f"the assembly '{name}' is up to date")
-        else:
-            found = stage.build_assembly(
-                terminal, space, assembler, record, proxy_name, require_optimal
-            )
-    if require_optimal and not found.data["program"]["optimal"]:
-        raise DeryError(stage.UNPROVEN, "raise or leave out --max-seconds")
-    log = read_log(path.parent / stage.LOG_FILE)
-    return _show(terminal, path, dict(found.data), name, log.get("latency"))
+    if pareto:
+        frontier = trace_frontier(terminal, space, config)
+        _show_frontier(terminal, frontier, config)
+        return {
+            "frontier": frontier.points,
+            "complete": frontier.complete,
+            "file": str(frontier.file),
+        }
+    found = assemble_network(terminal, space, config)
+    _show_comparison(terminal, found.record.data)
+    _show_remarks(terminal, found)
+    terminal.say(f"assembly '{name}' is in {found.folder}")
+    return {
+        "assembly": name,
+        "folder": str(found.folder),
+        **found.record.data,
+        "latency": found.latency,
+    }
 
 
-def _show(
-    terminal: Terminal,
-    path: Path,
-    data: dict[str, Any],
-    name: str,
-    timing: dict[str, Any] | None,
-) -> Result:
-    proxy = data["proxy"]["name"]
+def _size(text: str | None, option: str) -> int | None:
+    return None if text is None else parse_size(text, option)
+
+
+def _show_frontier(terminal: Terminal, frontier: Frontier, config: AssembleConfig) -> None:
+    timed = config.budget.max_latency is not None
+    terminal.table(
+        f"frontier within {config.budget}",
+        ["score", *COST_COLUMNS, *(["latency"] if timed else []), NETWORK_COLUMN],
+        [
+            [
+                show_decimals(p["score"]),
+                *cost_cells(p["params"], p["flops"]),
+                *([show_time(p["latency_ns"])] if timed else []),
+                p["network"],
+            ]
+            for p in frontier.points
+        ],
+    )
+    if not frontier.complete:
+        terminal.say(
+            f"the {len(frontier.points)} shown are spread over the budgets; there are more"
+        )
+    terminal.say(f"written to {frontier.file}")
+
+
+def _show_comparison(terminal: Terminal, data: Mapping[str, Any]) -> None:
     timed = data["latency_ns"] is not None
     counted = data["memory_bytes"] is not None
     tried = data["held_out"] is not None
@@ -237,12 +253,11 @@ def _show(
         f"within {data['budget']}",
         [
             "",
-            "network: donor[first node:last node]",
-            "params",
-            "multiply-adds",
+            NETWORK_COLUMN,
+            *COST_COLUMNS,
             *(["latency"] if timed else []),
             *(["memory"] if counted else []),
-            proxy,
+            data["proxy"]["name"],
             *(["held out"] if tried else []),
             "joint R2",
             "test top-1 untrained",
@@ -251,20 +266,24 @@ def _show(
             [
                 row["role"],
                 row["network"],
-                show_count(row["params"]),
-                show_count(row["flops"]),
+                *cost_cells(row["params"], row["flops"]),
                 *([show_time(row["latency_ns"])] if timed else []),
                 *([show_count(row["memory_bytes"])] if counted else []),
-                None if row["proxy"] is None else f"{row['proxy']:.4f}",
-                *([f"{row['held_out']:.4f}"] if tried else []),
-                None if row["mean_r2"] is None else f"{row['mean_r2']:.3f}",
-                None if row["test_top1"] is None else f"{row['test_top1']:.4f}",
+                show_decimals(row["proxy"]),
+                *([show_decimals(row["held_out"])] if tried else []),
+                show_decimals(row["mean_r2"], 3),
+                show_decimals(row["test_top1"]),
             ]
             for row in data["comparison"]
         ],
         highlight=0,
     )
+
+
+def _show_remarks(terminal: Terminal, found: Assembled) -> None:
+    data, timing = found.record.data, found.latency
     if data["program"]["optimal"]:
+        tried = data["held_out"] is not None
         terminal.say(
             "the program's optimum is proven; "
             + ("held-out accuracy" if tried else "the proxy")
@@ -286,5 +305,3 @@ def _show(
             f"{show_time(timing['built_network_ns'])}; its parts sum to "
             f"{show_time(timing['sum_of_parts_ns'])} ({timing['additive_error']:+.1%})"
         )
-    terminal.say(f"assembly '{name}' is in {path.parent}")
-    return {"assembly": name, "folder": str(path.parent), **data, "latency": timing}

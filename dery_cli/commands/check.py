@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dery_cli.commands._options import Result, command
-from dery_cli.errors import DeryError, UsageError
+from dery_cli.commands._tables import (
+    COST_COLUMNS,
+    NODE_COLUMNS,
+    cost_cells,
+    node_cells,
+    whole_cost_cells,
+)
+from dery_cli.errors import DeryError
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count
-from dery_cli.zoo.plugin import ZOO_GROUP, ZooPlugin, find_plugin, list_models
-from dery_cli.zoo.registry import Spec, parse_spec, resolve
+from dery_cli.sizes import show_range
+from dery_cli.stages.zoo.check import check_models
+from dery_cli.stages.zoo.config import CheckConfig
 
 if TYPE_CHECKING:
     from dery_cli.zoo.check import Report
@@ -39,27 +46,8 @@ def check(
     a file. Exit code 1 if any check fails. A model that cannot be cut is reported as 'whole only':
     it serves as a whole donor.
     """
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"--image-size is {image_size}", "give a side in pixels")
-    wanted = [parse_spec(text) for text in specs or []]
-    for spec in wanted:
-        resolve(spec)
-    plugins = {name: find_plugin(ZOO_GROUP, name, ZooPlugin) for name in {s.plugin for s in wanted}}
-    if all_of is not None:
-        plugins[all_of] = find_plugin(ZOO_GROUP, all_of, ZooPlugin, what="zoo plugin")
-        wanted += [Spec(all_of, name) for name in list_models(all_of, plugins[all_of])]
-    wanted = list(dict.fromkeys(wanted))
-    if not wanted:
-        raise UsageError("nothing to check", "dery zoo check SPEC..., or dery zoo check --all demo")
-
-    from dery_cli.zoo.check import check_model
-
-    reports: dict[str, Report] = {}
-    with terminal.progress("checking models", len(wanted)) as progress:
-        for spec in wanted:
-            report = check_model(plugins[spec.plugin], spec.model, image_size)
-            reports[str(spec)] = report
-            progress.advance()
+    config = CheckConfig(specs=tuple(specs or ()), all_of=all_of, image_size=image_size)
+    reports = check_models(terminal, config)
     _show(terminal, reports, details=all_of is None)
     results = [{"spec": spec, **report.to_json()} for spec, report in reports.items()]
     failed = [spec for spec, report in reports.items() if not report.ok]
@@ -87,7 +75,7 @@ def _show(terminal: Terminal, reports: dict[str, Report], *, details: bool) -> N
             terminal.say()
     terminal.table(
         None,
-        ["model", "result", "units", "layout", "stride", "tokens", "params", "multiply-adds"],
+        ["model", "result", "units", "layout", "stride", "tokens", *COST_COLUMNS],
         [_row(spec, report) for spec, report in reports.items()],
     )
     for spec, report in reports.items():
@@ -97,29 +85,20 @@ def _show(terminal: Terminal, reports: dict[str, Report], *, details: bool) -> N
             terminal.say(f"{spec} is whole only: {report.whole_only}")
 
 
-def _row(spec: str, report: Report) -> list[Any]:
+def _row(spec: str, report: Report) -> list[object]:
     result = "FAILED" if not report.ok else "ok" if report.whole_only is None else "whole only"
     anatomy = report.anatomy
     if anatomy is None:
         return [spec, result, *[None] * 6]
-    n = anatomy.num_units
     return [
         spec,
         result,
-        n,
+        anatomy.num_units,
         "/".join(report.layouts()) or None,
-        _range(report.strides()),
-        _range(report.tokens()),
-        show_count(anatomy.params(0, n)),
-        show_count(anatomy.flops(0, n)),
+        show_range(report.strides()),
+        show_range(report.tokens()),
+        *whole_cost_cells(anatomy),
     ]
-
-
-def _range(values: list[Any]) -> str | None:
-    if not values:
-        return None
-    first, last = f"{values[0]:g}", f"{values[-1]:g}"
-    return first if first == last else f"{first}..{last}"
 
 
 def _nodes(terminal: Terminal, spec: str, report: Report) -> None:
@@ -128,19 +107,15 @@ def _nodes(terminal: Terminal, spec: str, report: Report) -> None:
     height, width = report.input.image_size
     terminal.table(
         f"{spec} at {height}x{width}",
-        ["node", "name", "layout", "shape", "stride", "tokens", "params", "multiply-adds"],
+        [*NODE_COLUMNS, "stride", "tokens", *COST_COLUMNS],
         [
             [
-                node.index,
-                node.name,
-                node.layout,
-                "x".join(str(s) for s in node.shape),
+                *node_cells(node),
                 f"{height / node.grid[0]:g}" if node.layout != "NC" else None,
                 f"{node.shape[0]}" + (f" ({p} prefix)" if (p := node.num_prefix_tokens) else "")
                 if node.layout == "NLC"
                 else None,
-                show_count(node.params),
-                show_count(node.flops),
+                *cost_cells(node.params, node.flops),
             ]
             for node in report.anatomy.nodes
         ],

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from dery_cli.commands import _finetune_options as opt
 from dery_cli.commands._options import Result, command, open_workspace
-from dery_cli.runtime.launcher import alone_by_mistake, precision
+from dery_cli.commands._tables import COST_COLUMNS, cost_cells
+from dery_cli.runtime.launcher import precision
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count
+from dery_cli.sizes import show_decimals
 from dery_cli.training.recipe import make_config
 from dery_cli.training.request import FinetuneRequest, check_distillation
 
@@ -122,36 +121,25 @@ def finetune(
         resume=resume,
         tensorboard=tensorboard,
     )
-    if (warning := alone_by_mistake()) is not None:
-        terminal.warn(warning)
-
-    from dery_cli.runtime.processes import Dismissed
     from dery_cli.stages.finetune.run import fine_tune
 
     space = open_workspace(workspace)
-    try:
-        record = fine_tune(terminal, space, request, config, device)
-    except Dismissed as over:  # not the main process: it printed nothing, its exit code says enough
-        raise typer.Exit(1 if over.code is None else over.code) from over
+    record = fine_tune(terminal, space, request, config, device)
     return _show(terminal, space.run(request.run_name), dict(record.data))
 
 
 def _show(terminal: Terminal, folder: Path, data: dict[str, Any]) -> Result:
-    def shown(value: float | None) -> str | None:
-        return None if value is None else f"{value:.4f}"
-
     terminal.table(
         None,
-        ["run", "start", "params", "multiply-adds", "updates", "test top-1 before", "after"],
+        ["run", "start", *COST_COLUMNS, "updates", "test top-1 before", "after"],
         [
             [
                 folder.name,
                 data["start"],
-                show_count(data["params"]),
-                show_count(data["flops"]),
+                *cost_cells(data["params"], data["flops"]),
                 data["best"]["steps"],
-                shown(data["test_top1_before"]),
-                shown(data["test_top1"]),
+                show_decimals(data["test_top1_before"]),
+                show_decimals(data["test_top1"]),
             ]
         ],
     )

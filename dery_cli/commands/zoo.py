@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dery_cli.commands._options import Result, WorkspaceOption, command, open_workspace
+from dery_cli.commands._tables import (
+    COST_COLUMNS,
+    NODE_COLUMNS,
+    cost_cells,
+    node_cells,
+    whole_cost_cells,
+)
 from dery_cli.commands.check import check
-from dery_cli.errors import DeryError, UsageError
-from dery_cli.io.artifacts import file_sha256
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import check_name, show_count
-from dery_cli.types import WEIGHTS_FOLDER, Donor, is_file_name
-from dery_cli.zoo.manifest import ManifestEntry, load_manifest
-from dery_cli.zoo.plugin import (
-    ZOO_GROUP,
-    BrokenPluginError,
-    ZooPlugin,
-    describe_plugins,
-    find_plugin,
-    list_models,
-)
-from dery_cli.zoo.registry import (
-    default_name,
-    parse_spec,
-    plugin_sha256,
-    prepare_donor,
-    read_zoo,
-    resolve,
-    write_zoo,
-)
+from dery_cli.sizes import show_shape
+from dery_cli.stages.zoo.config import AddConfig
+from dery_cli.stages.zoo.run import add_donors, remove_donors
+from dery_cli.types import Donor
+from dery_cli.zoo.plugin import ZOO_GROUP, ZooPlugin, describe_plugins, find_plugin, list_models
+from dery_cli.zoo.registry import read_zoo
 
 zoo_app = typer.Typer(help="Register pretrained models as donors, look at them, drop them.")
 zoo_app.command("check")(check)
@@ -84,182 +72,49 @@ def add(
     with a warning, and the exit code is 1 in the end. A model without a place to cut is registered
     with a warning and serves as a whole.
     """
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    entries = [ManifestEntry(spec=spec) for spec in specs or []]
-    if (name or weights) and len(entries) != 1:
-        raise UsageError("--as and --weights go with a single SPEC", f"got {len(entries)}")
-    if entries:
-        entries[0] = dataclasses.replace(entries[0], name=name, weights=weights)
-    if manifest is not None:
-        entries += load_manifest(manifest)
-    if not entries:
-        raise UsageError("nothing to add", "dery zoo add SPEC..., or dery zoo add --manifest demo")
-    named = _named(entries)
-    space = open_workspace(workspace)
-    added: list[Donor] = []
-    present: list[str] = []
-    failed: dict[str, DeryError] = {}
-    with space.lock(terminal.note):
-        zoo = read_zoo(space)
-        for donor_name, entry in named.items():
-            zoo.check_free(donor_name, entry.spec)
-        with terminal.progress("adding donors", len(named)) as progress:
-            for donor_name, entry in named.items():
-                try:
-                    donor = _prepare(
-                        donor_name,
-                        entry,
-                        terminal.warn,
-                        image_size=image_size,
-                        pretrained=pretrained,
-                        allow_partial=allow_partial,
-                    )
-                except DeryError as error:
-                    if len(named) == 1:
-                        raise
-                    hint = f" ({error.hint})" if error.hint else ""
-                    terminal.warn(f"{donor_name} is left out: {error.message}{hint}")
-                    failed[donor_name] = error
-                    progress.advance()
-                    continue
-                if zoo.donors.get(donor.name) == donor:
-                    present.append(donor.name)
-                else:
-                    zoo = zoo.with_donor(donor)
-                    if donor.weights is not None:
-                        _keep_copy(entry.weights, space.root / donor.weights)
-                    write_zoo(space, zoo)
-                    added.append(donor)
-                progress.advance()
-    _table(terminal, added)
-    for donor_name in present:
-        terminal.say(f"{donor_name} was there already")
-    if failed:
-        raise _summary(failed, len(named), [donor.name for donor in added])
-    return {"added": [d.to_json() for d in added], "unchanged": present, "donors": zoo.names()}
-
-
-def _named(entries: list[ManifestEntry]) -> dict[str, ManifestEntry]:
-    """The entries by the donor's name; says what is wrong with any before the first is fetched."""
-    named: dict[str, ManifestEntry] = {}
-    for entry in entries:
-        spec = parse_spec(entry.spec)
-        name = check_name(entry.name or default_name(spec), "donor")
-        if name in named:
-            raise UsageError(
-                f"two of the models would be named '{name}': {named[name].spec} and {entry.spec}",
-                "give one of them a name, with --as NAME or in the manifest",
-            )
-        named[name] = entry
-        # a broken plugin is its own models' failure alone, and is met again there
-        with contextlib.suppress(*(() if len(entries) == 1 else (BrokenPluginError,))):
-            resolve(spec)
-    return named
-
-
-def _summary(failed: dict[str, DeryError], total: int, added: list[str]) -> DeryError:
-    kind = UsageError if all(isinstance(e, UsageError) for e in failed.values()) else DeryError
-    return kind(
-        f"{len(failed)} of {total} models were not added: {', '.join(failed)}",
-        "the warnings above say why; the same command goes on with those that are left",
-        details={"failed": {name: e.message for name, e in failed.items()}, "added": added},
-    )
-
-
-def _prepare(
-    name: str,
-    entry: ManifestEntry,
-    warn: Callable[[str], None],
-    *,
-    image_size: int | None,
-    pretrained: bool,
-    allow_partial: bool,
-) -> Donor:
-    side = entry.image_size or image_size
-    if entry.weights is not None and not entry.weights.is_file():
-        raise UsageError(f"no such weights file: {entry.weights}", entry.note)
-    if entry.sha256 is not None and (pretrained or entry.weights is not None):
-        _check_hash(entry, entry.sha256, warn)
-    donor, _ = prepare_donor(
-        entry.spec,
+    config = AddConfig(
+        specs=tuple(specs or ()),
         name=name,
-        image_size=None if side is None else (side, side),
+        weights=weights,
+        manifest=manifest,
+        image_size=image_size,
         pretrained=pretrained,
-        weights=entry.weights,
-        allow_partial=allow_partial or entry.allow_partial,
-        warn=warn,
+        allow_partial=allow_partial,
+        offline=offline,
     )
-    known = {
-        key: value
-        for key in ("license", "task", "source")
-        if (value := getattr(entry, key)) is not None
+    found = add_donors(terminal, open_workspace(workspace), config)
+    _table(terminal, found.donors)
+    for donor_name in found.unchanged:
+        terminal.say(f"{donor_name} was there already")
+    if (failure := found.failure()) is not None:
+        raise failure
+    return {
+        "added": [donor.to_json() for donor in found.donors],
+        "unchanged": found.unchanged,
+        "donors": found.zoo,
     }
-    card = dataclasses.replace(donor.card, **known)
-    kept = None
-    if entry.weights is not None:
-        kept = f"{WEIGHTS_FOLDER}/{donor.name}{_plain_suffix(entry.weights)}"
-    return dataclasses.replace(donor, card=card, weights=kept)
 
 
-def _plain_suffix(path: Path) -> str:
-    """A file's suffix, where it may stand in a workspace's own file names."""
-    return path.suffix if is_file_name(f"x{path.suffix}") else ""
-
-
-def _check_hash(entry: ManifestEntry, wanted: str, warn: Callable[[str], None]) -> None:
-    """Compare the manifest's sha256 with that of the weights file, or of the plugin's own."""
-    if entry.weights is not None:
-        what, actual = entry.weights.name, file_sha256(entry.weights)
-    else:
-        what, found = f"the weights of {entry.spec}", plugin_sha256(parse_spec(entry.spec))
-        if found is None:
-            warn(f"the sha256 of {what} is not checked: its plugin does not tell it")
-            return
-        actual = found
-    if actual != wanted:
-        raise DeryError(
-            f"{what}: sha256 is {actual[:12]}, the manifest says {wanted[:12]}",
-            "fetch the file again, or correct the manifest",
-        )
-
-
-def _keep_copy(source: Path | None, target: Path) -> None:
-    """Copy a local checkpoint into the workspace: later stages do not depend on its place."""
-    assert source is not None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(target.name + ".part")
-    try:
-        shutil.copyfile(source, half)
-        half.replace(target)
-    except OSError as error:
-        half.unlink(missing_ok=True)
-        raise DeryError(f"cannot copy {source} to {target}: {error.strerror}") from error
-
-
-def _row(donor: Donor) -> list[Any]:
-    anatomy = donor.anatomy
-    n = anatomy.num_units
-    layouts = sorted({str(node.layout) for node in anatomy.nodes[1:-1]})
-    return [
-        donor.name,
-        show_count(anatomy.params(0, n)),
-        show_count(anatomy.flops(0, n)),
-        n,
-        "/".join(layouts) or "NC",
-        "x".join(str(side) for side in donor.input.image_size),
-        donor.card.task,
-        donor.card.license,
-    ]
-
-
-def _table(terminal: Terminal, donors: list[Donor]) -> None:
+def _table(terminal: Terminal, donors: Sequence[Donor]) -> None:
     if donors:
         terminal.table(
             None,
-            ["donor", "params", "multiply-adds", "units", "layout", "input", "task", "licence"],
+            ["donor", *COST_COLUMNS, "units", "layout", "input", "task", "licence"],
             [_row(donor) for donor in donors],
         )
+
+
+def _row(donor: Donor) -> list[object]:
+    layouts = sorted({str(node.layout) for node in donor.anatomy.nodes[1:-1]})
+    return [
+        donor.name,
+        *whole_cost_cells(donor.anatomy),
+        donor.anatomy.num_units,
+        "/".join(layouts) or "NC",
+        show_shape(donor.input.image_size),
+        donor.card.task,
+        donor.card.license,
+    ]
 
 
 @zoo_app.command("list")
@@ -288,17 +143,9 @@ def show(
     terminal.say(f"weights sha256 {donor.weights_sha256}")
     terminal.table(
         None,
-        ["node", "name", "layout", "shape", "prefix tokens", "params", "multiply-adds"],
+        [*NODE_COLUMNS, "prefix tokens", *COST_COLUMNS],
         [
-            [
-                node.index,
-                node.name,
-                node.layout,
-                "x".join(str(s) for s in node.shape),
-                node.num_prefix_tokens,
-                show_count(node.params),
-                show_count(node.flops),
-            ]
+            [*node_cells(node), node.num_prefix_tokens, *cost_cells(node.params, node.flops)]
             for node in donor.anatomy.nodes
         ],
     )
@@ -313,19 +160,10 @@ def remove(
     workspace: WorkspaceOption = None,
 ) -> Result:
     """Drop donors and their embeddings; what was computed from them becomes stale."""
-    space = open_workspace(workspace)
-    with space.lock(terminal.note):
-        zoo = read_zoo(space)
-        gone = [zoo[name] for name in dict.fromkeys(names)]
-        for donor in gone:
-            zoo = zoo.without(donor.name)
-        write_zoo(space, zoo)
-        for donor in gone:
-            space.remove(space.embedding(donor.name), [f"{donor.name}.safetensors"])
-            if donor.weights is not None:
-                (space.root / donor.weights).unlink(missing_ok=True)
-    terminal.say(f"removed {', '.join(donor.name for donor in gone)}; {len(zoo)} donors are left")
-    return {"removed": [donor.name for donor in gone], "donors": zoo.names()}
+    gone, zoo = remove_donors(terminal, open_workspace(workspace), names)
+    removed = [donor.name for donor in gone]
+    terminal.say(f"removed {', '.join(removed)}; {len(zoo)} donors are left")
+    return {"removed": removed, "donors": zoo.names()}
 
 
 @zoo_app.command("plugins")

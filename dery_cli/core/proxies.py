@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.probe import probe_accuracy
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "swish", "mish", "hardswish", "elu", "leakyrelu")
@@ -36,12 +37,6 @@ class ProxyInputs:
     num_classes: int | None
 
 
-def pre_logits(network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Pre-logits of all images, (N, C), on the CPU."""
-    with torch.no_grad():
-        return torch.cat([network(x).cpu() for x in batches])
-
-
 def probe(inputs: ProxyInputs) -> float:
     """Cross-validated accuracy of the closed-form classifier on the pre-logits.
 
@@ -50,7 +45,7 @@ def probe(inputs: ProxyInputs) -> float:
     """
     if inputs.labels is None or inputs.num_classes is None:
         raise ValueError("the proxy 'probe' needs labels")
-    x_NC = pre_logits(inputs.network, inputs.batches())
+    x_NC = network_outputs(inputs.network, inputs.batches())
     return probe_accuracy(x_NC, torch.tensor(list(inputs.labels)), inputs.num_classes)
 
 

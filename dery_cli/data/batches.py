@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dery_cli.data.sets import ImageDataset
 from dery_cli.errors import DeryError
@@ -26,48 +26,68 @@ def batch_spans(count: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-class _Images:
-    """Images without labels; a file that cannot be read is an item too.
+class ErrorItems(Dataset[Any]):
+    """``dataset``, with the error for an item where an image cannot be read.
 
-    A loading process would wrap the error in its traceback.
+    A loading process would wrap the error in its traceback; so it travels as an item, through
+    ``collate``, and ``raise_errors`` raises it where the batches are used.
     """
 
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, position: int) -> Tensor | DeryError:
+    def __getitem__(self, index: int) -> Any:
         try:
-            x_CHW: Tensor = self._dataset[position][0]
+            return self.dataset[index]
         except DeryError as error:
             return error
-        return x_CHW
 
 
-def _stacked(items: list[Tensor | DeryError]) -> Tensor | DeryError:
+def collate(items: list[Any]) -> Any:
+    """The batch, or the first error among its items."""
     for item in items:
         if isinstance(item, DeryError):
             return item
-    return torch.stack(items)  # type: ignore[arg-type] # no errors are left
+    return default_collate(items)
+
+
+def raise_errors(batches: Iterable[Any]) -> Generator[Any, None, None]:
+    """The batches.
+
+    Raises:
+        DeryError: One of them is an error.
+    """
+    for batch in batches:
+        if isinstance(batch, DeryError):
+            raise batch
+        yield batch
 
 
 def as_dataset(images: ImageDataset) -> Dataset[Any]:
-    """``images`` under torch's type; ``data.py`` keeps torch out, so it is one by protocol only."""
+    """``images`` under torch's type; ``data/sets.py`` does without torch, so it is no subclass."""
     return cast("Dataset[Any]", images)
 
 
-def _loader(
-    images: ImageDataset, spans: Sequence[tuple[int, int]], device: torch.device, workers: int
-) -> DataLoader[Tensor | DeryError]:
-    return DataLoader(
-        cast("Dataset[Tensor | DeryError]", _Images(images)),
+def _images(
+    dataset: ImageDataset, spans: Sequence[tuple[int, int]], device: torch.device, workers: int
+) -> Iterator[Tensor]:
+    """The images of each span, stacked; to be moved to ``device`` by who takes them.
+
+    Raises:
+        DeryError: One of them cannot be read.
+    """
+    loader = DataLoader(
+        ErrorItems(as_dataset(dataset)),
         batch_sampler=[list(range(start, stop)) for start, stop in spans],
-        collate_fn=_stacked,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
+    for x_NCHW, _labels in raise_errors(loader):
+        yield x_NCHW
 
 
 class ImageBatches:
@@ -98,15 +118,12 @@ class ImageBatches:
     ) -> None:
         dataset = ImageDataset(split, EvalTransform(input, crop), indices)
         self.labels = dataset.labels
-        self._device = device
-        spans = batch_spans(len(dataset), batch_size)[share[0] :: share[1]]
-        self._loader = _loader(dataset, spans, device, workers)
+        self._dataset, self._device, self._workers = dataset, device, workers
+        self._spans = batch_spans(len(dataset), batch_size)[share[0] :: share[1]]
 
     def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._loader:
-            if isinstance(batch, DeryError):
-                raise batch
-            yield batch.to(self._device, non_blocking=True)
+        for x_NCHW in _images(self._dataset, self._spans, self._device, self._workers):
+            yield x_NCHW.to(self._device, non_blocking=True)
 
 
 class ImageStore:
@@ -183,11 +200,9 @@ class ImageStore:
         dataset = ImageDataset(self._split, EvalTransform(spec, self._crop).pixels, self._indices)
         spans = batch_spans(len(dataset), self._batch_size)
         pixels_NCHW = torch.empty(shape, dtype=torch.uint8)
-        loader = _loader(dataset, spans, torch.device("cpu"), self._workers)
-        for (start, stop), batch in zip(spans, loader, strict=True):
-            if isinstance(batch, DeryError):
-                raise batch
-            pixels_NCHW[start:stop] = batch
+        batches = _images(dataset, spans, torch.device("cpu"), self._workers)
+        for (start, stop), x_NCHW in zip(spans, batches, strict=True):
+            pixels_NCHW[start:stop] = x_NCHW
         return pixels_NCHW
 
 

@@ -12,6 +12,18 @@ _PLACES = (
 )
 
 
+class Dismissed(Exception):  # noqa: N818 - no error
+    """In a process that is not the main one: what it was ordered to do is over.
+
+    Args:
+        code: Exit code, where the whole command is over.
+    """
+
+    def __init__(self, code: int | None = None) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def _number(name: str) -> int:
     return int(os.environ.get(name) or 0)
 

@@ -14,7 +14,7 @@ import datetime
 import json
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dery_cli.errors import DeryError, ExitCode, UsageError
 from dery_cli.runtime.devices import pick_device
-from dery_cli.runtime.launcher import launched, on_cpus
+from dery_cli.runtime.launcher import Dismissed, alone_by_mistake, launched, on_cpus
 
 PATIENCE = datetime.timedelta(hours=2)
 """How long a process waits for one that is alive and silent, say for the workspace's lock."""
@@ -34,18 +34,6 @@ _WORD = "dery/failure"
 
 class NoMemoryError(Exception):
     """A batch did not fit, in this process or another."""
-
-
-class Dismissed(Exception):  # noqa: N818 - no error
-    """In a process that is not the main one: what it was ordered to do is over.
-
-    Args:
-        code: Exit code, where the whole command is over.
-    """
-
-    def __init__(self, code: int | None = None) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 class Processes:
@@ -253,7 +241,9 @@ def launched_on_cpus() -> bool:
 
 
 @contextlib.contextmanager
-def open_processes(device_name: str | None, threads: int | None) -> Iterator[Processes]:
+def open_processes(
+    device_name: str | None, threads: int | None, warn: Callable[[str], None]
+) -> Iterator[Processes]:
     """A block in which the processes of this command work together.
 
     In it torch computes with ``threads`` CPU threads: all cores by default, in one process and in
@@ -262,7 +252,10 @@ def open_processes(device_name: str | None, threads: int | None) -> Iterator[Pro
     Args:
         device_name: Of ``--device``; with several processes a kind of device.
         threads: CPU threads of each process; the main process's count.
+        warn: Told where a launcher seems to have meant several processes and started one.
     """
+    if (warning := alone_by_mistake()) is not None:
+        warn(warning)
     wanted = threads or usable_cores()
     before = torch.get_num_threads()
     if launched():

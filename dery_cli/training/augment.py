@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.types import InputSpec
-from dery_cli.zoo.transforms import DEFAULT_CROP, field_of_view, normalised, to_mode
+from dery_cli.zoo.transforms import DEFAULT_CROP, SquareView, normalised, to_mode
 
 ImageStep = Callable[[Image.Image], Image.Image]
 
@@ -38,19 +38,6 @@ class TrainTransform:
         for step in self.steps:
             image = step(image)
         return normalised(image, self.input)
-
-
-@dataclasses.dataclass(frozen=True)
-class _SquareView:
-    """The field of view of every donor, resized: the image as evaluation sees it."""
-
-    input: InputSpec
-    crop: float
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.input.image_size
-        resampling = Image.Resampling[self.input.interpolation.upper()]
-        return image.resize((width, height), resampling, box=field_of_view(image.size, self.crop))
 
 
 def train_transform(
@@ -79,7 +66,7 @@ def train_transform(
             )
         )
     else:
-        steps.append(_SquareView(input, crop))
+        steps.append(SquareView(input, crop))
         pad_hw = [round(config.crop_padding * side) for side in input.image_size]
         if any(pad_hw):
             steps.append(

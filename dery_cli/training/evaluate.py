@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from dery_cli.core.scoring import score_batch
+from dery_cli.data.batches import ErrorItems, collate, raise_errors
 from dery_cli.errors import UsageError
-from dery_cli.training.items import Items, collate, raising
 from dery_cli.training.sampling import check_labels, labels_of
 
 
@@ -85,14 +85,6 @@ class Tally:
         return self.loss / self.images
 
 
-def score_batch(logits_BK: torch.Tensor, labels_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Per image: label, guess, cross entropy, and whether the label is among the first five."""
-    logits_BK = logits_BK.float()
-    first_BT = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
-    loss_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
-    return labels_B, first_BT[:, 0], loss_B, (first_BT == labels_B[:, None]).any(dim=1)
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode it was in."""
@@ -139,7 +131,7 @@ def evaluate(
     device = torch.device(device)
     model.to(device)
     loader = DataLoader(
-        Items(dataset),
+        ErrorItems(dataset),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
@@ -196,7 +188,7 @@ def _result(
 def _to_device(
     loader: Iterable[Any], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for images_BCHW, labels_B in raising(loader):
+    for images_BCHW, labels_B in raise_errors(loader):
         yield images_BCHW.to(device, non_blocking=True), labels_B.to(device, non_blocking=True)
 
 

@@ -11,8 +11,9 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dery_cli.training.evaluate import Tally, check_logits, evaluating, score_batch
-from dery_cli.training.items import Items, collate, raising
+from dery_cli.core.scoring import score_batch
+from dery_cli.data.batches import ErrorItems, collate, raise_errors
+from dery_cli.training.evaluate import Tally, check_logits, evaluating
 from dery_cli.training.plan import Plan
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.sampling import SeededDataset, StreamSampler
@@ -49,7 +50,7 @@ def valid_loader(
     """
     size = 2 * plan.micro_batch
     return accelerator.prepare_data_loader(
-        DataLoader(Items(dataset), batch_size=size, **_options(accelerator, config))
+        DataLoader(ErrorItems(dataset), batch_size=size, **_options(accelerator, config))
     )
 
 
@@ -73,7 +74,7 @@ def score(
             broadcast(buffer)
     tally = Tally(len(classes))
     with evaluating(network), accelerator.autocast():
-        for images_BCHW, labels_B in raising(loader):
+        for images_BCHW, labels_B in raise_errors(loader):
             logits_BK = network(images_BCHW)
             check_logits(logits_BK, len(classes))
             stats = score_batch(logits_BK, labels_B)

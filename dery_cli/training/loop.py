@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from dery_cli.data.batches import raise_errors
 from dery_cli.errors import DeryError
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
-from dery_cli.training.items import raising
 from dery_cli.training.launch import (
     agree_on_signal,
     locked,
@@ -207,7 +208,7 @@ class _Run:
     def go(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool]) -> None:
         """Train to the end, or until ``stop``."""
         loader = train_loader(self.accelerator, self.train, self.plan, self.config, self.step)
-        batches = raising(loader)
+        batches = raise_errors(loader)
         try:
             self._train(batches, progress, stop)
         finally:
@@ -406,7 +407,7 @@ class _Run:
         self.model.eval()
 
     def _progress(self, lr: float, report: dict[str, Any] | None) -> Progress:
-        reports = sum(mark > self.step for mark in self.plan.reports)
+        reports = len(self.plan.reports) - bisect.bisect(self.plan.reports, self.step)
         return Progress(
             step=self.step,
             steps=self.plan.steps,

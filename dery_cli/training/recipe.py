@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from dery_cli.errors import UsageError
+from dery_cli.sizes import (
+    LARGEST,
+    check_above,
+    check_at_least,
+    check_between,
+    check_one_of,
+    check_seed,
+)
 
 MODES = ("frozen", "full", "stitch-then-full")
 PRECISIONS = ("no", "fp16", "bf16")
 BATCH_NORM = ("train", "fixed")
+MOST_EPOCHS = 100_000
+MOST_STEPS = 10_000_000
+"""Beyond these even the list of a run's reports would take long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,45 +107,57 @@ class FinetuneConfig:
     report_every: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, MODES)
-        _one_of("batch_norm", self.batch_norm, BATCH_NORM)
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("batch_norm", self.batch_norm, BATCH_NORM)
         if self.mixed_precision is not None:
-            _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+            check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(
                 f"give either epochs or steps, not {'neither' if self.epochs is None else 'both'}",
                 "for example --epochs 100, or --steps 150",
             )
-        for name in ("epochs", "steps", "batch_size", "grad_accum", "report_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, not {value}")
-        for name in ("lr", "layer_decay", "distill_temperature"):
-            _above_zero(name, getattr(self, name))
-        for name in ("block_lr_scale", "weight_decay", "min_lr", "mixup", "cutmix"):
-            _not_negative(name, getattr(self, name))
-        for name in ("distill_features", "workers"):
-            _not_negative(name, getattr(self, name))
-        _within("seed", self.seed, 0, 2**63 - 1)  # what torch takes
-        for name in ("hflip", "distill_logits"):
-            _within(name, getattr(self, name), 0.0, 1.0)
-        _within("layer_decay", self.layer_decay, 0.0, 1.0)
-        for name in ("warmup", "stitch_fraction", "label_smoothing", "crop_padding"):
-            _within(name, getattr(self, name), 0.0, 1.0, below=True)
-        if self.ema_decay is not None:
-            _within("ema_decay", self.ema_decay, 0.0, 1.0, below=True)
-        _within("randaugment", self.randaugment, 0, 10)
-        if self.clip_grad is not None:
-            _not_negative("clip_grad", self.clip_grad)
-        if self.min_lr > self.lr:
-            raise UsageError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        self._check_counts()
+        self._check_rates()
+        self._check_shares()
         self._check_crop()
 
+    def _check_counts(self) -> None:
+        for name, most in (("epochs", MOST_EPOCHS), ("steps", MOST_STEPS)):
+            if getattr(self, name) is not None:
+                check_between(name, getattr(self, name), 1, most)
+        for name in ("batch_size", "grad_accum"):
+            check_at_least(name, getattr(self, name))
+        if self.report_every is not None:
+            check_at_least("report_every", self.report_every)
+        check_at_least("workers", self.workers, 0)
+        check_between("randaugment", self.randaugment, 0, 10)
+        check_seed(self.seed, "seed")
+
+    def _check_rates(self) -> None:
+        for name in ("lr", "distill_temperature"):
+            check_above(name, getattr(self, name))
+        for name in ("block_lr_scale", "weight_decay", "min_lr", "mixup", "cutmix"):
+            check_at_least(name, getattr(self, name), 0)
+        check_at_least("distill_features", self.distill_features, 0)
+        if self.clip_grad is not None:
+            check_at_least("clip_grad", self.clip_grad, 0)
+        if self.min_lr > self.lr:
+            raise UsageError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+
+    def _check_shares(self) -> None:
+        for name in ("hflip", "distill_logits", "layer_decay"):
+            check_between(name, getattr(self, name), 0, 1)
+        check_above("layer_decay", self.layer_decay)
+        for name in ("warmup", "stitch_fraction", "label_smoothing", "crop_padding"):
+            check_between(name, getattr(self, name), 0, 1, below=True)
+        if self.ema_decay is not None:
+            check_between("ema_decay", self.ema_decay, 0, 1, below=True)
+
     def _check_crop(self) -> None:
-        _range("crop_ratio", self.crop_ratio, math.inf)
+        _check_rising("crop_ratio", self.crop_ratio, LARGEST)
         if self.crop_scale is None:
             return
-        _range("crop_scale", self.crop_scale, 1.0)
+        _check_rising("crop_scale", self.crop_scale, 1)
         if self.crop_padding:
             raise UsageError(
                 "crop_scale and crop_padding exclude each other",
@@ -228,27 +250,9 @@ def _known_fields(data: Mapping[str, Any]) -> None:
             )
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name} is {value!r}", f"choose one of {', '.join(allowed)}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise UsageError(f"{name} must be above 0, not {value:g}")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise UsageError(f"{name} must be 0 or more, not {value:g}")
-
-
-def _within(name: str, value: float, low: float, high: float, *, below: bool = False) -> None:
-    if not low <= value <= high or (below and value == high):
-        upper = f"below {high:g}" if below else f"at most {high:g}"
-        raise UsageError(f"{name} must be at least {low:g} and {upper}, not {value:g}")
-
-
-def _range(name: str, value: tuple[float, float], high: float) -> None:
+def _check_rising(name: str, value: tuple[float, float], high: float) -> None:
     if len(value) != 2 or not 0 < value[0] <= value[1] <= high:
-        raise UsageError(f"{name} must be two rising numbers above 0, not {value}")
+        raise UsageError(
+            f"{name} is {' '.join(map(str, value))}; "
+            f"it must be two rising numbers above 0 and at most {high}"
+        )

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 
 from dery_cli.errors import UsageError
-from dery_cli.sizes import check_name
+from dery_cli.sizes import check_between, check_name
 
 MIN_IMAGES_TO_CHOOSE_ON = 1000
 """With fewer training images none are held out: the best of a few dozen is a lottery."""
@@ -44,8 +44,8 @@ class FinetuneRequest:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.valid_fraction is not None and not 0 <= self.valid_fraction < 1:
-            raise UsageError(f"--valid-fraction is {self.valid_fraction}; it must be in [0, 1)")
+        if self.valid_fraction is not None:
+            check_between("--valid-fraction", self.valid_fraction, 0, 1, below=True)
         if self.donor is not None and self.scratch:
             raise UsageError("--donor and --scratch exclude each other")
         if self.donor is not None and self.data is None:

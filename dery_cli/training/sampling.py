@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from dery_cli.data.batches import ErrorItems
 from dery_cli.errors import UsageError
-from dery_cli.training.items import item
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -76,14 +76,14 @@ class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset = dataset
+        self.items = ErrorItems(dataset)
         self.seed = seed
         # Seeding all three takes as long as a crop and a flip.
         torch_only = getattr(getattr(dataset, "transform", None), "torch_only", False)
         self._seed = seed_torch if torch_only else seed_cpu
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.items)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         return self.__getitems__([key])[0]
@@ -92,7 +92,7 @@ class SeededDataset(Dataset[tuple[torch.Tensor, int]]):
         images = []
         for epoch, index in keys:
             self._seed(derive_seed(self.seed, "image", epoch, index))
-            images.append(item(self.dataset, index))
+            images.append(self.items[index])
         return images
 
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 from dery_cli.errors import DeryError, UsageError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dery_cli.core.proxies import ProxyInputs
+    from dery_cli.core.similarity.metric import Metric
     from dery_cli.types import ModelCard
 
 PLUGIN_API_VERSION = 1
@@ -136,6 +137,20 @@ class Proxy(Protocol):
         ...
 
 
+@runtime_checkable
+class MetricPlugin(Protocol):
+    """What ``core.similarity.metric.Metric`` has. Entry-point group ``dery.metrics``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def directional(self) -> bool: ...
+
+    @property
+    def fn(self) -> Any: ...
+
+
 class BrokenPluginError(DeryError):
     """A plugin cannot be loaded, does not keep its protocol, or fails where it may not."""
 
@@ -145,6 +160,7 @@ class BrokenPluginError(DeryError):
 ZOO_GROUP = "dery.zoo"
 DATA_GROUP = "dery.data"
 PROXY_GROUP = "dery.proxies"
+METRIC_GROUP = "dery.metrics"
 
 _Plugin = TypeVar("_Plugin")
 
@@ -204,6 +220,16 @@ def find_proxy(name: str) -> Proxy:
         DeryError: It cannot be loaded.
     """
     return find_plugin(PROXY_GROUP, name, Proxy, what="proxy")
+
+
+def find_metric(name: str) -> Metric:
+    """Load a similarity metric by name; see ``core.similarity.metric``.
+
+    Raises:
+        UsageError: No such metric.
+        DeryError: It cannot be loaded.
+    """
+    return cast("Metric", find_plugin(METRIC_GROUP, name, MetricPlugin, what="metric"))
 
 
 def _owner(point: EntryPoint) -> str:

@@ -119,6 +119,19 @@ def normalised(image: Image.Image, spec: InputSpec) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class SquareView:
+    """The field of view of every donor, resized to this input's size."""
+
+    input: InputSpec
+    crop: float = DEFAULT_CROP
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.input.image_size
+        resampling = _RESAMPLING[self.input.interpolation]
+        return image.resize((width, height), resampling, box=field_of_view(image.size, self.crop))
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalTransform:
     """Square crop, resize, normalise: what a donor sees at embedding and evaluation."""
 
@@ -131,10 +144,4 @@ class EvalTransform:
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """The same before it is normalised: bytes (C, H, W)."""
         image = to_mode(image, self.input.in_chans)
-        height, width = self.input.image_size
-        resized = image.resize(
-            (width, height),
-            _RESAMPLING[self.input.interpolation],
-            box=field_of_view(image.size, self.crop),
-        )
-        return pixels(resized)
+        return pixels(SquareView(self.input, self.crop)(image))

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dery_cli.core.stitching.head import fit_head
+from dery_cli.core.stitching.network import AssembledNetwork
 from dery_cli.core.stitching.stitch import StitchCost
-from dery_cli.types import BlockRef
-from dery_cli.zoo.registry import Zoo
+from dery_cli.io.artifacts import Workspace
+from dery_cli.types import BlockRef, Donor
+from dery_cli.zoo.registry import Zoo, load_donor
 
 
 def head_cost(num_chs: int, num_classes: int | None) -> StitchCost:
@@ -14,7 +24,7 @@ def head_cost(num_chs: int, num_classes: int | None) -> StitchCost:
     return StitchCost(num_chs * num_classes + num_classes, num_chs * num_classes)
 
 
-def whole_model(zoo: Zoo, donor: str) -> BlockRef:
+def whole_block(zoo: Zoo, donor: str) -> BlockRef:
     """A whole donor as one block."""
     return BlockRef(donor, 0, zoo[donor].anatomy.num_units)
 
@@ -25,3 +35,48 @@ def whole_cost(zoo: Zoo, donor: str, num_classes: int | None) -> StitchCost:
     head = head_cost(anatomy.nodes[-1].num_chs, num_classes)
     units = anatomy.num_units
     return StitchCost(anatomy.params(0, units) + head.params, anatomy.flops(0, units) + head.flops)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeDonor:
+    """A whole donor with a closed-form head for the target.
+
+    Args:
+        donor: From the zoo.
+        network: On the device it was fitted on, in eval mode.
+        accuracy: Cross-validated, of the head on the images it was fitted on.
+    """
+
+    donor: Donor
+    network: AssembledNetwork
+    accuracy: float
+
+
+def fit_whole_donor(
+    donor: Donor,
+    workspace: Workspace,
+    batches: Iterable[Tensor],
+    labels: Sequence[int],
+    num_classes: int,
+    *,
+    device: torch.device,
+) -> WholeDonor:
+    """Build a donor with its weights, and fit a head to its last features.
+
+    Args:
+        donor: From the zoo.
+        workspace: Of the zoo.
+        batches: Images of the target as the donor sees them, in one pass.
+        labels: Their class indices, in order.
+        num_classes: Of the target.
+        device: Where to compute, and where the batches are.
+
+    Raises:
+        NotFiniteError: Its pre-logits are NaN or infinite.
+        DeryError: Its weights changed.
+    """
+    dissection = load_donor(donor, workspace, device=device)
+    block = copy.deepcopy(dissection.block(0, dissection.anatomy.num_units))
+    network = AssembledNetwork([block], [None]).eval()
+    accuracy = fit_head(network, batches, labels, num_classes)
+    return WholeDonor(donor=donor, network=network, accuracy=accuracy)

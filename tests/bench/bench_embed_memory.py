@@ -21,7 +21,7 @@ SAMPLES = (256, 2048)
 PROGRAM = """
 import json, resource, sys
 from dery_cli.cli import run
-from dery_cli.stages.embed.run import Embedder
+from dery_cli.stages.embed.passes import Embedder
 
 unit = 1 if sys.platform == "darwin" else 1024
 

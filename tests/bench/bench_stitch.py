@@ -21,10 +21,10 @@ import torch
 import dery_demo
 from dery_cli import dissect
 from dery_cli.core.dissection.dissect import Dissection
-from dery_cli.core.proxies import pre_logits
+from dery_cli.core.scoring import network_outputs
+from dery_cli.core.stitching.head import fit_head
 from dery_cli.core.stitching.match import match_features
-from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder, linear_head
-from dery_cli.core.stitching.probe import fit_classifier
+from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
 from dery_cli.data.batches import ImageBatches, as_dataset
 from dery_cli.data.sets import DataSet, ImageDataset, open_data
 from dery_cli.training.augment import train_transform
@@ -87,11 +87,10 @@ def build(
     network = copy.deepcopy(builder.build(blocks).network)
     if way == "match":
         whole = donors[blocks[-1].donor].block(0, blocks[-1].stop).eval()
-        wanted = pre_logits(whole, images)
+        wanted = network_outputs(whole, images)
         match_features(network, torch.cat(images), wanted, seed=seed)
     images, labels = rest
-    head = fit_classifier(pre_logits(network, images), torch.tensor(labels), len(classes))
-    network.head = linear_head(head)
+    fit_head(network, images, labels, len(classes))
     return network.eval()
 
 

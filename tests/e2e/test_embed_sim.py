@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import dery_cli.zoo.plugin
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.metric import pairwise_metric
-from dery_cli.stages.embed import run as embedder
+from dery_cli.stages.embed import passes
 from tests.conftest import Outcome, make_images, run_dery
 from tests.e2e.conftest import snapshot
 
@@ -131,10 +131,10 @@ def test_auto_takes_the_power_of_two_that_half_the_free_memory_holds(monkeypatch
             yield torch.nn.functional.conv2d(x, torch.zeros(64, 3, 1, 1))[:, :, :50]
 
     donor = SimpleNamespace(input=SimpleNamespace(in_chans=3, image_size=(100, 100)))
-    monkeypatch.setattr(embedder, "free_memory", lambda device: free)
+    monkeypatch.setattr(passes, "free_memory", lambda device: free)
     # 50e6 / (2 * (2.56 MB + 0.12 MB)) = 9.3
     expected = 8 if images == 32 else images
-    assert embedder.images_that_fit(Layer(), donor, torch.device("cpu")) == expected
+    assert passes.images_that_fit(Layer(), donor, torch.device("cpu")) == expected
 
 
 def test_a_batch_size_that_is_neither(dery):

@@ -9,8 +9,9 @@ import torch
 
 import dery_demo
 from dery_cli import dissect
-from dery_cli.core.proxies import pre_logits
-from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder, linear_head
+from dery_cli.core.scoring import network_outputs
+from dery_cli.core.stitching.head import linear_head
+from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
 from dery_cli.core.stitching.probe import fit_classifier, stratified_folds
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.sets import open_data
@@ -86,7 +87,7 @@ def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, role):
         made_on = labels[part != asked]
         builder = NetworkBuilder(donors, lambda _, v=views[0]: v, labels=made_on.tolist())
         network: AssembledNetwork = builder.build(blocks).network.copy()
-        head = fit_classifier(pre_logits(network, views[0]), made_on, 10)
+        head = fit_classifier(network_outputs(network, views[0]), made_on, 10)
         network.head = linear_head(head)
         with torch.no_grad():
             guess = torch.cat([network(x).argmax(1) for x in views[1]])

@@ -15,6 +15,7 @@ import typer
 
 from dery_cli import cli
 from dery_cli.errors import DeryError, InfeasibleError, StaleError, UsageError
+from dery_cli.runtime.launcher import Dismissed
 from tests.conftest import run_dery
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -88,6 +89,16 @@ def test_errors_become_exit_codes(monkeypatch, error, code, word):
     if code == 3:
         assert outcome.json["error"]["details"] == {"excess": 7}
     assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize(("over", "code"), [(Dismissed(4), 4), (Dismissed(0), 0), (Dismissed(), 1)])
+def test_a_dismissed_process_ends_in_silence(monkeypatch, over, code):
+    def dismissed(*_):
+        raise over
+
+    monkeypatch.setattr("dery_cli.commands.zoo.read_zoo", dismissed)
+    outcome = run_dery("zoo", "list", "--json")
+    assert (outcome.code, outcome.stdout, outcome.stderr) == (code, "", "")
 
 
 def test_numbers_that_json_has_not_become_null(monkeypatch):

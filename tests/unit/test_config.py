@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from dery_cli.errors import UsageError
-from dery_cli.sizes import check_name, parse_size, parse_time, show_count, show_time
+from dery_cli.sizes import (
+    check_above,
+    check_at_least,
+    check_between,
+    check_name,
+    check_seed,
+    parse_size,
+    parse_time,
+    show_count,
+    show_time,
+)
 from dery_cli.stages.assemble.config import AssembleConfig, Budget
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.stages.partition.config import PartitionConfig
@@ -72,14 +84,7 @@ def test_times_are_shown_in_milliseconds():
 
 
 def test_budgets_of_latency_and_memory():
-    budget = Budget.parse(
-        max_params=None,
-        min_params=None,
-        max_flops=None,
-        min_flops=None,
-        max_latency="8ms",
-        max_memory="200M",
-    )
+    budget = Budget(max_latency=8_000_000, max_memory=200_000_000)
     assert budget.admits(1, 1, latency=8_000_000, memory=200_000_000)
     assert not budget.admits(1, 1, latency=8_000_001, memory=1)
     assert not budget.admits(1, 1, latency=1, memory=200_000_001)
@@ -87,7 +92,7 @@ def test_budgets_of_latency_and_memory():
 
 
 def test_budgets():
-    budget = Budget.parse(max_params="30M", min_params=None, max_flops="5G", min_flops="1G")
+    budget = Budget(max_params=30_000_000, max_flops=5_000_000_000, min_flops=1_000_000_000)
     assert budget.admits(30_000_000, 5_000_000_000)
     assert not budget.admits(30_000_001, 5_000_000_000)
     assert not budget.admits(1, 5_000_000_001)
@@ -97,7 +102,7 @@ def test_budgets():
     )
     assert str(Budget()) == "no limit"
     with pytest.raises(UsageError, match=r"--min-flops 2\.00G is above --max-flops 1\.00G"):
-        Budget.parse(max_params=None, min_params=None, max_flops="1G", min_flops="2G")
+        Budget(max_flops=1_000_000_000, min_flops=2_000_000_000)
 
 
 @pytest.mark.parametrize("name", ["a", "resnet18.a1_in1k", "x-1", "9"])
@@ -109,6 +114,49 @@ def test_good_names(name):
 def test_bad_names(name):
     with pytest.raises(UsageError, match="bad donor name"):
         check_name(name, "donor")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_number_that_is_not_finite_passes(value):
+    for check in (
+        lambda: check_at_least("--x", value, 0),
+        lambda: check_above("--x", value),
+        lambda: check_between("--x", value, 0, 1),
+        lambda: check_between("--x", value, 0, 1, below=True),
+    ):
+        with pytest.raises(UsageError, match=f"--x is {value}; it must be a number, "):
+            check()
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "text"),
+    [
+        (check_at_least, 0, "--x is 0; it must be at least 1"),
+        (check_at_least, 2**31, "--x is 2147483648; it must be at most 2147483647"),
+        (check_above, 0.0, "--x is 0.0; it must be above 0"),
+        (check_above, 1e300, r"--x is 1e\+300; it must be at most 2147483647"),
+    ],
+)
+def test_numbers_out_of_range_are_named_with_their_limits(check, value, text):
+    with pytest.raises(UsageError, match=f"^{text}$"):
+        check("--x", value)
+
+
+def test_both_ends_of_a_range():
+    check_between("--x", 0, 0, 1)
+    check_between("--x", 1, 0, 1)
+    check_between("--x", 0.999, 0, 1, below=True)
+    with pytest.raises(UsageError, match=r"^--x is 1; it must be at least 0 and below 1$"):
+        check_between("--x", 1, 0, 1, below=True)
+    with pytest.raises(UsageError, match=r"^--x is 1\.5; it must be at least 0 and at most 1$"):
+        check_between("--x", 1.5, 0, 1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_a_library_would_refuse(seed):
+    check_seed(2**63 - 1)
+    with pytest.raises(UsageError, match=f"--seed is {seed}"):
+        check_seed(seed)
 
 
 def test_options_hold_everything_that_changes_the_answer():
@@ -130,5 +178,6 @@ def test_options_hold_everything_that_changes_the_answer():
         "metric",
         "max_seconds",
     }
-    fields = set(AssembleConfig.__dataclass_fields__) - {"name", "seed"}
+    others = {"name", "seed", "require_optimal", "device", "workers"}
+    fields = set(AssembleConfig.__dataclass_fields__) - others
     assert set(AssembleConfig().options()) == fields

@@ -63,14 +63,16 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """Which file of a package imports which; the package's bare name stands for its version."""
+    """Which file of a package imports which; ``__init__`` files are empty and left out."""
     files = modules(package)
     prefix = f"{package.name}."
     return {
         name: {
             module.removeprefix(prefix)
             for module in _imports(path)
-            if module.startswith(prefix) and module.removeprefix(prefix) in files
+            if module.startswith(prefix)
+            and (file := files.get(module.removeprefix(prefix)))
+            and file.name != "__init__.py"
         }
         for name, path in files.items()
     }

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dery_cli.errors import UsageError
+from dery_cli.sizes import within
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -62,9 +63,7 @@ class Resource:
 
     def allows(self, total: int) -> bool:
         """Whether ``total`` is within both limits, to the unit."""
-        return (self.minimum is None or total >= self.minimum) and (
-            self.maximum is None or total <= self.maximum
-        )
+        return within(total, self.minimum, self.maximum)
 
 
 def peak_resources(

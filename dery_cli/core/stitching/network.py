@@ -26,7 +26,6 @@ from dery_cli.core.stitching.fit import (
     StitchRegression,
     reestimate_batch_norm,
 )
-from dery_cli.core.stitching.probe import LinearClassifier
 from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.types import BlockRef, Node, StitchKind
 
@@ -89,15 +88,6 @@ class AssembledNetwork(nn.Module):
         """Normalised images (N, C, H, W) to logits (N, classes)."""
         x = self.forward_features(x)
         return x if self.head is None else self.head(x)
-
-
-def linear_head(classifier: LinearClassifier) -> nn.Linear:
-    """A closed-form classifier as the ``nn.Linear`` a network ends with."""
-    head = nn.Linear(*classifier.weight_CD.shape)
-    with torch.no_grad():
-        head.weight.copy_(classifier.weight_CD.T)
-        head.bias.copy_(classifier.bias_D)
-    return head
 
 
 def needs_stitch(before: BlockRef, after: BlockRef) -> bool:

@@ -10,18 +10,22 @@ from torch import Tensor
 
 from dery_cli.core.cost.flops import count_flops, count_params
 from dery_cli.core.proxies import ProxyInputs
+from dery_cli.core.scoring import network_outputs, top1
 from dery_cli.core.stitching.network import AssembledNetwork
 from dery_cli.core.stitching.probe import stratified_folds
-from dery_cli.data.batches import ImageBatches, ImageStore
+from dery_cli.data.batches import ImageStore, as_dataset
+from dery_cli.data.sets import ImageDataset
 from dery_cli.errors import DeryError
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import network_memory
 from dery_cli.stages.assemble.target import DonorPool, Target
 from dery_cli.stages.assemble.workshop import Delivered, Workshop
+from dery_cli.training.evaluate import evaluate
 from dery_cli.types import BlockRef
 from dery_cli.zoo.plugin import Proxy
 from dery_cli.zoo.registry import Zoo
+from dery_cli.zoo.transforms import EvalTransform
 
 TRIAL_FOLDS = 3
 """A finalist is made so many times, each time without one part, which it is then asked about."""
@@ -106,7 +110,8 @@ class NetworkMaker:
                 network = workshop.deliver(candidate.refs).network
                 spec = self.zoo[candidate.refs[0].donor].input
                 batches = self._images.view(spec, asked_about.indices)
-                hits[number] += accuracy(network, batches, labels) * len(labels)
+                logits_NK = network_outputs(network, batches)
+                hits[number] += float(top1(logits_NK, torch.tensor(labels))) * len(labels)
                 advance()
         return [count / len(self.target.indices) for count in hits]
 
@@ -143,26 +148,18 @@ class NetworkMaker:
 
     def test_top1(self, candidate: Candidate) -> float | None:
         """Of the finished network on the test images, which nothing was chosen on."""
-        test = self.target.data.test
-        if test is None or test.labels is None or self.target.labels is None:
+        test, classes = self.target.data.test, self.target.data.classes
+        if test is None or classes is None:
             return None
-        batches = ImageBatches(
-            test,
-            range(len(test)),
-            self.zoo[candidate.refs[0].donor].input,
-            crop=self.target.crop,
+        transform = EvalTransform(self.zoo[candidate.refs[0].donor].input, self.target.crop)
+        return evaluate(
+            self.finish(candidate).network,
+            as_dataset(ImageDataset(test, transform)),
+            classes=classes,
             batch_size=self.target.batch_size,
             device=self.target.device,
             workers=self.target.workers,
-        )
-        return accuracy(self.finish(candidate).network, batches, test.labels)
-
-
-def accuracy(network: AssembledNetwork, batches: Iterable[Tensor], labels: Sequence[int]) -> float:
-    """Top-1 accuracy of a network's logits."""
-    with torch.inference_mode():
-        guess = torch.cat([network(x).argmax(1).cpu() for x in batches])
-    return float((guess == torch.tensor(list(labels))).double().mean())
+        ).top1
 
 
 def check_size(

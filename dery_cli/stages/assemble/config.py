@@ -7,15 +7,18 @@ from typing import Any
 
 from dery_cli.errors import UsageError
 from dery_cli.sizes import (
+    check_above,
     check_at_least,
+    check_between,
     check_name,
     check_one_of,
-    parse_size,
-    parse_time,
+    check_seed,
     show_count,
     show_time,
+    within,
 )
 from dery_cli.types import Donor, StitchKind
+from dery_cli.zoo.plugin import PROXY_GROUP, plugin_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,50 +51,21 @@ class Budget:
                     f"--min-{what} {show_count(low)} is above --max-{what} {show_count(high)}"
                 )
 
-    @classmethod
-    def parse(
-        cls,
-        *,
-        max_params: str | None,
-        min_params: str | None,
-        max_flops: str | None,
-        min_flops: str | None,
-        max_latency: str | None = None,
-        max_memory: str | None = None,
-    ) -> Budget:
-        """From the options' texts.
-
-        Raises:
-            UsageError: A size or time that cannot be read, or a minimum above its maximum.
-        """
-
-        def read(text: str | None, option: str) -> int | None:
-            return None if text is None else parse_size(text, option)
-
-        return cls(
-            max_params=read(max_params, "--max-params"),
-            min_params=read(min_params, "--min-params"),
-            max_flops=read(max_flops, "--max-flops"),
-            min_flops=read(min_flops, "--min-flops"),
-            max_latency=None if max_latency is None else parse_time(max_latency, "--max-latency"),
-            max_memory=read(max_memory, "--max-memory"),
-        )
-
     def admits(
         self, params: int, flops: int, *, latency: int | None = None, memory: int | None = None
     ) -> bool:
         """Whether a network is within all limits; what has none need not be known."""
-        for limit, value in ((self.max_latency, latency), (self.max_memory, memory)):
-            if limit is not None:
-                assert value is not None
-                if value > limit:
+        for total, low, high in (
+            (params, self.min_params, self.max_params),
+            (flops, self.min_flops, self.max_flops),
+            (latency, None, self.max_latency),
+            (memory, None, self.max_memory),
+        ):
+            if (low, high) != (None, None):
+                assert total is not None
+                if not within(total, low, high):
                     return False
-        return (
-            (self.max_params is None or params <= self.max_params)
-            and (self.min_params is None or params >= self.min_params)
-            and (self.max_flops is None or flops <= self.max_flops)
-            and (self.min_flops is None or flops >= self.min_flops)
-        )
+        return True
 
     def __str__(self) -> str:
         parts = [
@@ -144,10 +118,17 @@ class DonorFilter:
 FINALISTS = 8
 """Tried by default where the proxy is the probe."""
 
+MOST_JOINT_WEIGHT = 1000
+"""Beyond it joints alone decide, and sums of scores in millionths would not stay exact."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssembleConfig:
-    """Options of ``dery assemble``."""
+    """Options of ``dery assemble``; those of ``options`` and the seed belong to the artifact.
+
+    Args:
+        require_optimal: Fail where the program's optimum is not proven in ``max_seconds``.
+    """
 
     budget: Budget = Budget()
     donors: DonorFilter = DonorFilter()
@@ -168,6 +149,9 @@ class AssembleConfig:
     target_samples: int = 2048
     max_seconds: float | None = None
     seed: int = 0
+    require_optimal: bool = False
+    device: str | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         check_name(self.name, "assembly")
@@ -178,12 +162,17 @@ class AssembleConfig:
         check_at_least("--target-samples", self.target_samples, 8)
         if self.max_donors is not None:
             check_at_least("--max-donors", self.max_donors)
+        if self.donors.image_size is not None:
+            check_at_least("--image-size", self.donors.image_size)
         check_at_least("--latency-batch", self.latency_batch)
         check_at_least("--memory-batch", self.memory_batch)
-        check_at_least("--joint-weight", self.joint_weight, 0)
+        check_between("--joint-weight", self.joint_weight, 0, MOST_JOINT_WEIGHT)
         check_one_of("--stitch", self.stitch, tuple(StitchKind))
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+        if self.proxy is not None:
+            check_one_of("--proxy", self.proxy, tuple(plugin_names(PROXY_GROUP)))
+        if self.max_seconds is not None:
+            check_above("--max-seconds", self.max_seconds)
+        check_seed(self.seed)
 
     def num_finalists(self, proxy: str) -> int:
         """How many are tried; by default none where the proxy is one that has to be asked for."""

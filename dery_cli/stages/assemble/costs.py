@@ -26,7 +26,7 @@ from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.stages.assemble.problem import PlacedBlock, node_of
 from dery_cli.types import BlockRef, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
-from dery_cli.zoo.whole import whole_model
+from dery_cli.zoo.whole import whole_block
 
 REPEATS = 15
 """Rounds that a latency is the median of."""
@@ -207,7 +207,7 @@ def measure_latency(
     return PartCosts(
         blocks={block.ref: found[block.ref] for block in blocks},
         stitches={ends: found[key] for ends, key in shapes.items()},
-        wholes={name: found[whole_model(zoo, name)] for name in zoo.names()},
+        wholes={name: found[whole_block(zoo, name)] for name in zoo.names()},
     )
 
 
@@ -259,7 +259,7 @@ def compute_memory(
         if key not in sizes:
             sizes[key] = weight_bytes(_stitch(zoo, ends, kind))
         stitches[ends] = sizes[key]
-    whole = {name: whole_model(zoo, name) for name in zoo.names()}
+    whole = {name: whole_block(zoo, name) for name in zoo.names()}
     return MemoryCosts(
         weights=PartCosts(
             blocks={block.ref: weights[block.ref] for block in blocks},
@@ -347,7 +347,7 @@ def _parts(
     """Candidate blocks and whole donors, as modules, with the shape each takes for one image."""
     last_stage = max(block.stage for block in blocks)
     ends = {block.ref: block.stage == last_stage for block in blocks}
-    ends.update({whole_model(zoo, name): True for name in zoo.names()})
+    ends.update({whole_block(zoo, name): True for name in zoo.names()})
     for ref, ending in ends.items():
         anatomy = zoo[ref.donor].anatomy
         module: nn.Module = donors[ref.donor].block(ref.start, ref.stop).eval()

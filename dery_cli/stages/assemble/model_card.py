@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dery_cli.sizes import show_count
+from dery_cli.sizes import show_count, show_shape
 
 
 def model_card(name: str, data: Mapping[str, Any]) -> str:
@@ -24,7 +24,7 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
         "",
         f"- parameters: {data['params']:,} ({show_count(data['params'])})",
         f"- multiply-adds for one image: {data['flops']:,} ({show_count(data['flops'])})",
-        f"- input: {_size(network['input']['image_size'])}, crop {network['crop']}",
+        f"- input: {show_shape(network['input']['image_size'])}, crop {network['crop']}",
         f"- budget: {data['budget']}",
         f"- chosen by: {_reason(data)}",
     ]
@@ -60,7 +60,3 @@ def _reason(data: Mapping[str, Any]) -> str:
     if data["held_out"] is None:
         return f"{data['proxy']['name']}, {data['proxy']['score']:.4f}"
     return f"accuracy on held-out training images of {data['target']}, {data['held_out']:.4f}"
-
-
-def _size(image_size: list[int]) -> str:
-    return "x".join(str(side) for side in image_size)

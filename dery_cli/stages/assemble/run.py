@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dery_cli.core.assembly.solve import AssemblyProblem
@@ -17,7 +18,7 @@ from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.io.artifacts import (
     Artifact,
     Workspace,
-    read_record,
+    read_log,
     transaction,
     unchanged,
     write_log,
@@ -25,7 +26,6 @@ from dery_cli.io.artifacts import (
 )
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count, show_time
 from dery_cli.stages.assemble.build import TRIAL_FOLDS, check_size
 from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, ranked
 from dery_cli.stages.assemble.config import AssembleConfig
@@ -33,19 +33,163 @@ from dery_cli.stages.assemble.costs import PartCosts, latency_options, time_netw
 from dery_cli.stages.assemble.model_card import model_card
 from dery_cli.stages.assemble.search import Assembler, frontier
 from dery_cli.stages.assemble.target import Target, choose_fit
+from dery_cli.stages.assemble.workshop import Delivered
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
-from dery_cli.stages.sim.store import require_similarity
+from dery_cli.stages.partition.store import require_partition
 from dery_cli.types import BlockRef
 from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences, save_network
 from dery_cli.zoo.plugin import find_proxy
 from dery_cli.zoo.registry import require_zoo
 
-PARTITION_HINT = "dery partition"
 LOG_FILE = "assembly.log.json"
-UNPROVEN = "the program's optimum was not proven in the time allowed"
 
 
-def with_latency(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A network that was assembled, now or before.
+
+    Args:
+        record: Of the assembly.
+        folder: Where it and its weights are.
+        latency: What timing the built network gave; None without a budget of latency.
+    """
+
+    record: Artifact
+    folder: Path
+    latency: dict[str, Any] | None
+
+
+def assemble_network(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Assembled:
+    """Assemble the best network within the budget, or say that it is up to date.
+
+    Raises:
+        StaleError: An earlier stage is missing or out of date.
+        InfeasibleError: Nothing is within the budget.
+        DeryError: The optimum is not proven though ``require_optimal`` asks for it.
+    """
+    path = space.assembly(config.name)
+    with space.lock(terminal.note):
+        assembler, record, proxy_name = _prepare(terminal, space, config)
+        found = unchanged(path, record)
+        if found is not None:
+            terminal.say(f"the assembly '{config.name}' is up to date")
+        else:
+            found = _build_assembly(terminal, space, assembler, record, proxy_name)
+    _check_proven(config, found.data["program"])
+    log = read_log(path.parent / LOG_FILE)
+    return Assembled(record=found, folder=path.parent, latency=log.get("latency"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """Assemblies that no other beats in score and every cost at once.
+
+    Args:
+        points: Of each the score, the costs and the network, best first.
+        complete: Whether these are all.
+        file: Where they are written, as CSV.
+    """
+
+    points: list[dict[str, Any]]
+    complete: bool
+    file: Path
+
+
+def trace_frontier(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Frontier:
+    """The frontier of the program's score over params, multiply-adds and perhaps latency.
+
+    Raises:
+        StaleError: An earlier stage is missing or out of date.
+        InfeasibleError: Nothing is within the budget.
+    """
+    with space.lock(terminal.note):
+        assembler, record, _ = _prepare(terminal, space, config)
+        problem = _problem(terminal, space, assembler, record)
+        points, complete = frontier(assembler, problem)
+        path = space.assembly(config.name).parent / "pareto.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        timed = [] if assembler.latency is None else ["latency_ns"]
+        columns = ["score", "params", "flops", *timed, "network"]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([p[column] for column in columns] for p in points)
+    return Frontier(points=points, complete=complete, file=path)
+
+
+def _check_proven(config: AssembleConfig, proof: Mapping[str, Any]) -> None:
+    if config.require_optimal and not proof["optimal"]:
+        raise DeryError(
+            "the program's optimum was not proven in the time allowed",
+            "raise or leave out --max-seconds",
+        )
+
+
+def _prepare(
+    terminal: Terminal, space: Workspace, config: AssembleConfig
+) -> tuple[Assembler, Artifact, str]:
+    """Check the stages before, open the target, and say what the record and the proxy will be."""
+    zoo = require_zoo(space)
+    embeddings = read_embeddings(space, zoo)
+    zoo = embeddings.zoo
+    for warning in embeddings.warnings:
+        terminal.warn(warning)
+    partition = require_partition(space, embeddings)
+    if config.data is None:
+        target_data = _calibration(terminal, embeddings, config.skip_bad)
+    else:
+        target_data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
+    indices = choose_target(target_data, config.target_samples, config.seed)
+    proxy_name = config.proxy or ("naswot" if target_data.classes is None else "probe")
+    if proxy_name == "probe" and target_data.classes is None:
+        raise UsageError(
+            f"--proxy probe needs labels, which {target_data.spec} has not",
+            "--data with class folders, or --proxy naswot",
+        )
+    target = Target(
+        data=target_data,
+        indices=indices,
+        fit_indices=choose_fit(indices, config.fit_samples, config.seed),
+        crop=embeddings.calibration.crop,
+        batch_size=embeddings.calibration.batch_size,
+        device=pick_device(config.device),
+        workers=config.workers,
+    )
+    record = Artifact(
+        kind="assembly",
+        parents={
+            "partition": partition.record.sha256,
+            "target": fingerprint(target_data.train, indices),
+            **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
+        },
+        options={
+            **config.options(),
+            "data": target_data.spec,
+            "skip_bad": target_data.skip_bad,
+            "proxy": proxy_name,
+            "finalists": config.num_finalists(proxy_name),
+        },
+        seed=config.seed,
+    )
+    assembler = Assembler(space, zoo, embeddings, partition, target, config)
+    if config.budget.max_latency is not None:
+        record = _with_latency(terminal, space, assembler, record)
+    return assembler, record, proxy_name
+
+
+def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:
+    """The data that were embedded, which must be what they were."""
+    used = embeddings.calibration
+    data = open_checked(terminal, used.spec, skip_bad=skip_bad or used.skip_bad)
+    if fingerprint(data.train, used.indices) != used.digest:
+        raise StaleError(
+            f"the images of {used.spec} changed since dery embed",
+            embed_command(dict(embeddings.options), embeddings.seed),
+        )
+    return data
+
+
+def _with_latency(
     terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
 ) -> Artifact:
     """The record with measured latencies among its parents; they are measured or those kept."""
@@ -68,10 +212,17 @@ def with_latency(
     return dataclasses.replace(record, parents={**record.parents, "latency": kept.sha256})
 
 
-def _scored(
+def _problem(
     terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
 ) -> AssemblyProblem:
-    """The program, its gains and joints computed or taken from the scores artifact."""
+    """The program, its gains and joints computed or taken from the scores artifact.
+
+    Raises:
+        InfeasibleError: Nothing is within the budget.
+    """
+    if assembler.config.budget.max_memory is not None:
+        assembler.memory = assembler.compute_memory(terminal.progress)
+    assembler.check_budget()
     parents = {name: sha for name, sha in record.parents.items() if name != "latency"}
     wanted = Artifact(
         kind="scores",
@@ -90,122 +241,8 @@ def _scored(
     return assembler.problem_of(found.data)
 
 
-def show_frontier(
-    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact
-) -> dict[str, Any]:
-    """The frontier of the program's score over params, multiply-adds and perhaps latency."""
-    _count_memory(terminal, assembler)
-    assembler.check_budget()
-    problem = _scored(terminal, space, assembler, record)
-    points, complete = frontier(assembler, problem)
-    path = space.assembly(assembler.config.name).parent / "pareto.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        timed = [] if assembler.latency is None else ["latency_ns"]
-        columns = ["score", "params", "flops", *timed, "network"]
-        writer.writerow(columns)
-        writer.writerows([p[column] for column in columns] for p in points)
-    terminal.table(
-        f"frontier within {assembler.config.budget}",
-        [
-            "score",
-            "params",
-            "multiply-adds",
-            *(["latency"] if timed else []),
-            "network: donor[first node:last node]",
-        ],
-        [
-            [
-                f"{p['score']:.4f}",
-                show_count(p["params"]),
-                show_count(p["flops"]),
-                *([show_time(p["latency_ns"])] if timed else []),
-                p["network"],
-            ]
-            for p in points
-        ],
-    )
-    if not complete:
-        terminal.say(f"the {len(points)} shown are spread over the budgets; there are more")
-    terminal.say(f"written to {path}")
-    return {"frontier": points, "complete": complete, "file": str(path)}
-
-
-def prepare(
-    terminal: Terminal, space: Workspace, config: AssembleConfig, device: str | None, workers: int
-) -> tuple[Assembler, Artifact, str]:
-    """Check the stages before, open the target, and say what the record will be."""
-    zoo = require_zoo(space)
-    embeddings = read_embeddings(space, zoo)
-    zoo = embeddings.zoo
-    for warning in embeddings.warnings:
-        terminal.warn(warning)
-    partition = read_record(
-        space.partition, "partition", missing="there is no partition", hint=PARTITION_HINT
-    )
-    stored = require_similarity(space, embeddings, partition.options["metric"])
-    if partition.parents["similarity"] != stored.record.sha256:
-        raise StaleError("the partition was made from another similarity matrix", PARTITION_HINT)
-    if config.data is None:
-        target_data = _calibration(terminal, embeddings, config.skip_bad)
-    else:
-        target_data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-    indices = choose_target(target_data, config.target_samples, config.seed)
-    proxy_name = config.proxy or ("naswot" if target_data.classes is None else "probe")
-    if proxy_name == "probe" and target_data.classes is None:
-        raise UsageError(
-            f"--proxy probe needs labels, which {target_data.spec} has not",
-            "--data with class folders, or --proxy naswot",
-        )
-    target = Target(
-        data=target_data,
-        indices=indices,
-        fit_indices=choose_fit(indices, config.fit_samples, config.seed),
-        crop=embeddings.calibration.crop,
-        batch_size=embeddings.calibration.batch_size,
-        device=pick_device(device),
-        workers=workers,
-    )
-    record = Artifact(
-        kind="assembly",
-        parents={
-            "partition": partition.sha256,
-            "target": fingerprint(target_data.train, indices),
-            **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
-        },
-        options={
-            **config.options(),
-            "data": target_data.spec,
-            "skip_bad": target_data.skip_bad,
-            "proxy": proxy_name,
-            "finalists": config.num_finalists(proxy_name),
-        },
-        seed=config.seed,
-    )
-    assembler = Assembler(space, zoo, embeddings, partition, target, config)
-    return assembler, record, proxy_name
-
-
-def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:
-    """The data that were embedded, which must be what they were."""
-    used = embeddings.calibration
-    data = open_checked(terminal, used.spec, skip_bad=skip_bad or used.skip_bad)
-    if fingerprint(data.train, used.indices) != used.digest:
-        raise StaleError(
-            f"the images of {used.spec} changed since dery embed",
-            embed_command(dict(embeddings.options), embeddings.seed),
-        )
-    return data
-
-
-def build_assembly(
-    terminal: Terminal,
-    space: Workspace,
-    assembler: Assembler,
-    record: Artifact,
-    proxy_name: str,
-    require_optimal: bool,
+def _build_assembly(
+    terminal: Terminal, space: Workspace, assembler: Assembler, record: Artifact, proxy_name: str
 ) -> Artifact:
     """Rank, build, score and pick; write the pick and what it was compared with.
 
@@ -216,31 +253,53 @@ def build_assembly(
     """
     started = time.monotonic()
     config, target = assembler.config, assembler.target
-    path = space.assembly(config.name)
     if target.labels is None:
         terminal.note(f"{target.data.spec} has no labels: no gains, no head; {proxy_name} decides")
-    _count_memory(terminal, assembler)
-    assembler.check_budget()
-    problem = _scored(terminal, space, assembler, record)
+    problem = _problem(terminal, space, assembler, record)
     found, proof = assembler.candidates(problem)
     if not proof["solver_agrees"]:
         terminal.warn(f"CBC and the exact search disagree; the search counts: {proof['agreement']}")
-    if require_optimal and not proof["optimal"]:
-        raise DeryError(UNPROVEN, "raise or leave out --max-seconds")
+    _check_proven(config, proof)
     scored, compared = _choose(terminal, assembler, problem, found, proxy_name)
     best = compared[0][1]
-    chosen = best.candidate
     rows = []
     with terminal.progress("finishing the pick and its controls", len(compared)) as bar:
-        built = assembler.maker.finish(chosen)
+        built = assembler.maker.finish(best.candidate)
         for role, entry in compared:
             rows.append(_row(assembler, role, entry))
             bar.advance()
-    network = built.network
-    target_shape = _input_shape(assembler, best)
-    check_size(network, chosen, target_shape, config.memory_batch)
-    timing = _time_whole(assembler, chosen, network, target_shape)
-    data: dict[str, Any] = {
+    input_shape = _input_shape(assembler, best)
+    check_size(built.network, best.candidate, input_shape, config.memory_batch)
+    timing = _time_whole(assembler, best.candidate, built.network, input_shape)
+    data = {
+        **_describe(assembler, best, built),
+        "proxy": {"name": proxy_name, "score": rows[0]["proxy"]},
+        "held_out": best.held_out,
+        "program": {**proof, "score": best.candidate.program_score},
+        "licenses": licences(assembler.zoo, best.candidate.refs),
+        "comparison": rows,
+        "test_top1": rows[0]["test_top1"],
+    }
+    listing = {
+        "schema": "dery/candidates/1",
+        "proxy": proxy_name,
+        "candidates": [entry.to_json() for entry in ranked(scored)],
+    }
+    path = space.assembly(config.name)
+    with transaction(path) as work:
+        save_network(work.path(MODEL_FILE), built.network)
+        work.write_text("candidates.json", json.dumps(listing, indent=1) + "\n")
+        work.write_text("README.md", model_card(config.name, data))
+        done = work.commit(dataclasses.replace(record, data=data))
+    log = {"seconds": time.monotonic() - started, "latency": timing}
+    write_log(path.parent / LOG_FILE, log)
+    return done
+
+
+def _describe(assembler: Assembler, best: Scored, built: Delivered) -> dict[str, Any]:
+    """What the record says of the network itself and of what it was made for."""
+    chosen, target = best.candidate, assembler.target
+    return {
         "network": describe_network(
             assembler.zoo,
             chosen.refs,
@@ -255,44 +314,12 @@ def build_assembly(
         "flops": chosen.flops,
         "latency_ns": chosen.latency,
         "memory_bytes": chosen.memory,
-        "input_shape": list(target_shape),
-        "budget": str(config.budget),
+        "input_shape": list(_input_shape(assembler, best)),
+        "budget": str(assembler.config.budget),
         "target": target.data.spec,
         "target_skip_bad": target.data.skip_bad,
         "match": None if built.match is None else dataclasses.asdict(built.match),
-        "proxy": {"name": proxy_name, "score": rows[0]["proxy"]},
-        "held_out": best.held_out,
-        "program": {**proof, "score": chosen.program_score},
-        "licenses": licences(assembler.zoo, chosen.refs),
-        "comparison": rows,
-        "test_top1": rows[0]["test_top1"],
     }
-    listing = {
-        "schema": "dery/candidates/1",
-        "proxy": proxy_name,
-        "candidates": [entry.to_json() for entry in ranked(scored)],
-    }
-    with transaction(path) as work:
-        save_network(work.path(MODEL_FILE), network)
-        work.write_text("candidates.json", json.dumps(listing, indent=1) + "\n")
-        work.write_text("README.md", model_card(config.name, data))
-        found_record = work.commit(
-            Artifact(
-                kind="assembly",
-                parents=record.parents,
-                options=record.options,
-                seed=record.seed,
-                data=data,
-            )
-        )
-    log = {"seconds": time.monotonic() - started, "latency": timing}
-    write_log(path.parent / LOG_FILE, log)
-    return found_record
-
-
-def _count_memory(terminal: Terminal, assembler: Assembler) -> None:
-    if assembler.config.budget.max_memory is not None:
-        assembler.memory = assembler.compute_memory(terminal.progress)
 
 
 def _time_whole(

@@ -19,7 +19,7 @@ from dery_cli.core.assembly.explain import explain
 from dery_cli.core.assembly.frontier import pareto, random_feasible
 from dery_cli.core.assembly.solve import Assembly, AssemblyProblem, cross_check, n_best, solve
 from dery_cli.errors import InfeasibleError
-from dery_cli.io.artifacts import Artifact, Workspace
+from dery_cli.io.artifacts import Workspace
 from dery_cli.sizes import show_time
 from dery_cli.stages.assemble.build import NetworkMaker
 from dery_cli.stages.assemble.candidates import Candidate
@@ -46,9 +46,10 @@ from dery_cli.stages.assemble.problem import (
 )
 from dery_cli.stages.assemble.target import DonorPool, Target
 from dery_cli.stages.embed.store import Embeddings
+from dery_cli.stages.partition.store import StoredPartition
 from dery_cli.types import BlockRef, StitchKind
 from dery_cli.zoo.registry import Zoo
-from dery_cli.zoo.whole import whole_cost, whole_model
+from dery_cli.zoo.whole import whole_block, whole_cost
 
 Progress = Callable[[str, int], AbstractContextManager[Any]]
 """Opens a progress bar: what is done, and in how many steps."""
@@ -67,7 +68,7 @@ class Assembler:
         workspace: Where donors' local checkpoints are.
         zoo: The donors.
         embeddings: Of all of them.
-        partition: The partition's record.
+        partition: Of all of them.
         target: Target images.
         config: Options.
     """
@@ -77,7 +78,7 @@ class Assembler:
         workspace: Workspace,
         zoo: Zoo,
         embeddings: Embeddings,
-        partition: Artifact,
+        partition: StoredPartition,
         target: Target,
         config: AssembleConfig,
     ) -> None:
@@ -245,7 +246,7 @@ class Assembler:
         for name, donor in self.zoo.donors.items():
             if self.config.donors.reasons(donor):
                 continue
-            ref = whole_model(self.zoo, name)
+            ref = whole_block(self.zoo, name)
             cost = whole_cost(self.zoo, name, self.target.num_classes)
             found.append(
                 Candidate(
@@ -283,13 +284,13 @@ class Assembler:
         return None if assembly is None else self._candidate(problem, assembly)
 
 
-def placed_blocks(partition: Artifact) -> list[PlacedBlock]:
+def placed_blocks(stored: StoredPartition) -> list[PlacedBlock]:
     """The partition's blocks, stage by stage, donors in order."""
-    blocks = []
-    for donor in partition.data["donors"]:
-        for stage, index in enumerate(donor["sets"]):
-            ref = BlockRef(donor["donor"], donor["cuts"][stage], donor["cuts"][stage + 1])
-            blocks.append(PlacedBlock(ref=ref, stage=stage, set_index=index))
+    blocks = [
+        PlacedBlock(ref=stored.block(donor, stage), stage=stage, set_index=index)
+        for donor, sets in enumerate(stored.partition.sets)
+        for stage, index in enumerate(sets)
+    ]
     return sorted(blocks, key=lambda block: (block.stage, block.ref))
 
 

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dery_cli.core.proxies import pre_logits
+from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.core.stitching.head import fit_head
 from dery_cli.core.stitching.match import Match, match_features
 from dery_cli.core.stitching.network import (
     AssembledNetwork,
     BuiltNetwork,
     NetworkBuilder,
-    linear_head,
 )
-from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.batches import ImageStore
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.target import DonorPool, Target
@@ -88,9 +87,7 @@ class Workshop:
         match = self._match(network, refs)
         labels, num_classes = self.target.labels, self.target.num_classes
         if labels is not None and num_classes is not None:
-            x_NC = pre_logits(network, self.view(refs[0].donor))
-            classifier = fit_classifier(x_NC, torch.tensor(labels), num_classes)
-            network.head = linear_head(classifier).to(self.target.device)
+            fit_head(network, self.view(refs[0].donor), labels, num_classes)
         return Delivered(network.eval(), built.fits, match)
 
     def _match(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> Match | None:
@@ -99,6 +96,6 @@ class Workshop:
             return None
         last = refs[-1]
         whole = self._donors[last.donor].block(0, last.stop).eval()
-        wanted_NC = pre_logits(whole, self.view(last.donor, fit=True)).to(self.target.device)
+        wanted_NC = network_outputs(whole, self.view(last.donor, fit=True)).to(self.target.device)
         x_NCHW = torch.cat(list(self.view(refs[0].donor, fit=True)))
         return match_features(network, x_NCHW, wanted_NC, seed=self._config.seed)

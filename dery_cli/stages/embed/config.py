@@ -6,19 +6,22 @@ import dataclasses
 from typing import Any, ClassVar
 
 from dery_cli.errors import UsageError
-from dery_cli.sizes import check_at_least, check_one_of
+from dery_cli.sizes import check_above, check_at_least, check_between, check_one_of, check_seed
 
 AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
-    """Options of ``dery embed``; all but ``workers`` belong to the artifact.
+    """Options of ``dery embed``; those of ``options`` and the seed belong to the artifact.
 
     Args:
         batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
             among its options, and the size it came to among its data.
         skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
+        donors: Embed these; empty for the whole zoo.
+        dry_run: Only say what would be written.
+        threads: CPU threads of each process; None for all cores.
     """
 
     data: str
@@ -30,6 +33,10 @@ class EmbedConfig:
     crop: float = 0.95
     skip_bad: bool = False
     seed: int = 0
+    donors: tuple[str, ...] = ()
+    dry_run: bool = False
+    device: str | None = None
+    threads: int | None = None
     workers: int = 0
 
     DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
@@ -46,8 +53,9 @@ class EmbedConfig:
             )
         check_at_least("--workers", self.workers, 0)
         check_one_of("--dtype", self.dtype, self.DTYPES)
-        if not 0 < self.crop <= 1:
-            raise UsageError(f"--crop is {self.crop}; it must be in (0, 1]")
+        check_between("--crop", self.crop, 0, 1)
+        check_above("--crop", self.crop)
+        check_seed(self.seed)
 
     def options(self) -> dict[str, Any]:
         """What the artifact records."""

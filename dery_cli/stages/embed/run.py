@@ -1,271 +1,259 @@
-"""One pass of a donor over the calibration images, by as many processes as there are.
-
-The plan is that of a single process: batches of one size, in order. Process r of n computes
-batches r, r + n, ...; the main process gets all of them back in order. A batch is computed the same
-wherever that happens, so the features do not depend on the number of processes.
-"""
+"""The embed stage: the features of every donor at every node, on the calibration images."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from dery_cli.data.sets import DataSet, open_checked
+from dery_cli.errors import DeryError
+from dery_cli.io.artifacts import (
+    Artifact,
+    Workspace,
+    transaction,
+    unchanged,
+    write_log,
+    write_record,
+)
+from dery_cli.io.row_stream import SafetensorsStream, stream_nbytes
+from dery_cli.runtime.processes import NoMemoryError, Processes, open_processes
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_count
+from dery_cli.stages.embed.config import AUTO, EmbedConfig
+from dery_cli.stages.embed.passes import Embedder, embedding_specs
+from dery_cli.stages.embed.store import (
+    Calibration,
+    choose_calibration,
+    embedding_artifact,
+    finished,
+    known_batch_size,
+    left_out,
+    why_left_out,
+)
+from dery_cli.types import Donor
+from dery_cli.zoo.registry import Zoo, require_zoo
 
-from dery_cli.core.cost.memory import PeakBytes
-from dery_cli.core.dissection.dissect import Dissection
-from dery_cli.core.similarity.features import BatchFeatures, embed_batches, feature_specs
-from dery_cli.data.batches import ImageBatches, batch_spans
-from dery_cli.data.sets import DataSet, open_data
-from dery_cli.io.artifacts import Workspace
-from dery_cli.runtime.processes import Dismissed, NoMemoryError, Processes
-from dery_cli.stages.embed.config import EmbedConfig
-from dery_cli.types import Donor, Node
-from dery_cli.zoo.registry import load_donor
 
-LARGEST_AUTO = 512
-"""Beyond this many images a batch gains nothing."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """What embedding a zoo came to, or would come to.
 
-_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-def embedding_specs(
-    nodes: Sequence[Node], config: EmbedConfig, count: int, start: int = 0
-) -> Specs:
-    """Name, type and shape of every tensor that embedding ``count`` images gives.
-
-    ``start`` images were embedded before these.
+    Args:
+        data: Spec of the images.
+        samples: How many images.
+        embedded: Donors whose embedding was missing or out of date.
+        unchanged: Donors whose embedding was up to date.
+        skipped: Donors that are left out, for NaN or infinite features.
+        bytes: Written in all.
+        bytes_per_donor: Of each donor that was embedded, or tried.
     """
-    return feature_specs(
-        nodes,
-        count,
-        grid=config.grid,
-        grid_samples=max(0, config.grid_samples - start),
-        dtype=_DTYPES[config.dtype],
+
+    data: str
+    samples: int
+    embedded: list[str]
+    unchanged: list[str]
+    skipped: list[str]
+    bytes: int
+    bytes_per_donor: dict[str, int]
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether there was nothing to do."""
+        return not self.bytes_per_donor
+
+
+def embed_zoo(terminal: Terminal, space: Workspace, config: EmbedConfig) -> Embedded:
+    """Embed the donors whose embedding is missing or out of date.
+
+    Under a launcher all processes call this; the main one decides, locks, writes and prints.
+
+    Raises:
+        Dismissed: In every process but the main one, when all is over.
+        StaleError: The zoo is empty.
+        DeryError: Images cannot be read, features are not finite, or memory or disk do not suffice.
+    """
+    with open_processes(config.device, config.threads, terminal.warn) as processes:
+        if not processes.main:
+            Embedder(space, config, processes).follow()
+        _chosen(require_zoo(space), config.donors)  # a wrong name answers before images are read
+        images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
+        calibration = choose_calibration(config, images)
+        count = len(calibration.indices)
+        if count < config.samples and config.samples != EmbedConfig.samples:
+            terminal.warn(f"{config.data} has {count} training images, not {config.samples}")
+        if config.dry_run:
+            return _plan(space, config, calibration).result()
+        with space.lock(terminal.note):
+            # another dery may have worked here until now
+            plan = _plan(space, config, calibration)
+            _embed(terminal, space, config, processes, images, plan)
+        return plan.result()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is to be done.
+
+    Args:
+        donors: Those asked for.
+        records: What each embedding's record will say.
+        todo: Donors whose embedding is missing or out of date.
+        sizes: Bytes of each that will be written.
+        bad: Donors that are left out, and why; grows as more are found.
+        calibration: The images.
+    """
+
+    donors: dict[str, Donor]
+    records: dict[str, Artifact]
+    todo: list[str]
+    sizes: dict[str, int]
+    bad: dict[str, DeryError]
+    calibration: Calibration
+
+    def result(self) -> Embedded:
+        return Embedded(
+            data=self.calibration.spec,
+            samples=len(self.calibration.indices),
+            embedded=[name for name in self.todo if name not in self.bad],
+            unchanged=[n for n in self.records if n not in self.todo and n not in self.bad],
+            skipped=list(self.bad),
+            bytes=sum(self.sizes.values()),
+            bytes_per_donor=self.sizes,
+        )
+
+
+def _chosen(zoo: Zoo, names: Sequence[str]) -> dict[str, Donor]:
+    return {name: zoo[name] for name in names or zoo.names()}
+
+
+def _plan(space: Workspace, config: EmbedConfig, calibration: Calibration) -> _Plan:
+    donors = _chosen(require_zoo(space), config.donors)
+    count = len(calibration.indices)
+    records = {n: embedding_artifact(d, config, calibration) for n, d in donors.items()}
+    found = {n: unchanged(space.embedding(n), record) for n, record in records.items()}
+    todo = [name for name, record in found.items() if record is None]
+    return _Plan(
+        donors=donors,
+        records=records,
+        todo=todo,
+        sizes={
+            name: stream_nbytes(embedding_specs(donors[name].anatomy.nodes, config, count))
+            for name in todo
+        },
+        bad={n: why for n, r in found.items() if r is not None and (why := why_left_out(r))},
+        calibration=calibration,
     )
 
 
-class Embedder:
-    """Embeds donor after donor.
+def _embed(
+    terminal: Terminal,
+    space: Workspace,
+    config: EmbedConfig,
+    processes: Processes,
+    images: DataSet,
+    plan: _Plan,
+) -> None:
+    """Carry the plan out; with ``skip_bad``, donors without finite features are added to ``bad``.
 
-    The main process calls ``load``, then ``rows``; the others call ``follow`` once, which does the
-    same there.
-
-    Args:
-        space: Where local checkpoints are.
-        config: Options; the same in all processes.
-        processes: Who takes part.
-        images: The opened data of ``config``; opened when needed if left out.
+    Raises:
+        DeryError: A donor cannot be embedded; the message names it.
     """
+    for name, error in plan.bad.items():
+        if not config.skip_bad:
+            raise _of_donor(name, error)
+        terminal.warn(f"{name} is left out: {error.message}")
+    if not plan.todo:
+        terminal.say(f"all {len(plan.records)} embeddings are up to date")
+        return
+    _check_disk(space, sum(plan.sizes.values()))
+    embedder = Embedder(space, config, processes, images)
+    for name in plan.todo:
+        record = plan.records[name]
+        try:
+            _embed_one(terminal, space, config, processes, embedder, plan.donors[name], record)
+        except DeryError as error:
+            if not (config.skip_bad and error.details and "node" in error.details):
+                raise _of_donor(name, error) from error
+            _leave_out(space, name, record, error)
+            terminal.warn(f"{name} is left out: {error.message}")
+            plan.bad[name] = error
 
-    def __init__(
-        self,
-        space: Workspace,
-        config: EmbedConfig,
-        processes: Processes,
-        images: DataSet | None = None,
-    ) -> None:
-        self._space = space
-        self._config = config
-        self._processes = processes
-        self._images = images
-        self._donor: Donor | None = None
-        self._dissection: Dissection | None = None
-        self._indices: list[int] = []
 
-    def load(self, donor: Donor, indices: Sequence[int], batch_size: int | None) -> int:
-        """Build a donor in all processes.
+def _of_donor(name: str, error: DeryError) -> DeryError:
+    """The error that names the donor too."""
+    return DeryError(f"{name}: {error.message}", error.hint, details=error.details)
 
-        Args:
-            donor: From the zoo.
-            indices: Calibration images, in order.
-            batch_size: Images a batch; None: what the memory of every process holds.
 
-        Returns:
-            The batch size.
-        """
-        order = {
-            "step": "load",
-            "donor": donor.to_json(),
-            "indices": list(indices),
-            "batch_size": batch_size,
-            "left_out": () if self._images is None else self._images.left_out,
-        }
-        self._processes.order(order)
-        return self._load(donor, order)
+def _check_disk(space: Workspace, needed: int) -> None:
+    free = shutil.disk_usage(space.root).free
+    if needed > free:
+        raise DeryError(
+            f"the embeddings need {show_count(needed)} bytes, the disk has {show_count(free)}",
+            "fewer --samples, a smaller --grid, or another --workspace",
+            details={"bytes_needed": needed, "bytes_free": free},
+        )
 
-    def rows(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Rows of every tensor of ``embedding_specs``, batch by batch.
 
-        Raises:
-            NoMemoryError: A batch did not fit.
-            DeryError: An image cannot be read, or features are NaN or infinite.
-        """
-        self._processes.order({"step": "pass", "batch_size": batch_size})
-        yield from self._rows(batch_size)
+def _embed_one(
+    terminal: Terminal,
+    space: Workspace,
+    config: EmbedConfig,
+    processes: Processes,
+    embedder: Embedder,
+    donor: Donor,
+    record: Artifact,
+) -> None:
+    """Write one donor's embedding; on ``auto``, with half the batch size as long as memory lacks.
 
-    def follow(self) -> int:
-        """Do what the main process orders, until the end; returns the exit code."""
+    Raises:
+        DeryError: Out of memory or disk, an image that cannot be read, features not finite.
+    """
+    started = time.monotonic()
+    indices = record.data["indices"]
+    auto = config.batch_size == AUTO
+    wanted = known_batch_size(space.embedding(donor.name), record) if auto else config.batch_size
+    size = embedder.load(donor, indices, None if wanted is None else int(wanted))
+    specs = embedding_specs(donor.anatomy.nodes, config, len(indices))
+    loaded = time.monotonic()
+    with transaction(space.embedding(donor.name)) as work:
+        path = work.path(f"{donor.name}.safetensors")
         while True:
             try:
-                order = self._processes.await_order()
-                if order["step"] == "load":
-                    self._load(Donor.from_json(order["donor"]), order)
-                else:
-                    for _ in self._rows(order["batch_size"]):
-                        pass
-            except Dismissed as dismissed:
-                if dismissed.code is not None:
-                    return dismissed.code
-
-    def _load(self, donor: Donor, order: dict[str, Any]) -> int:
-        failure: Exception | None = None
-        size = order["batch_size"]
-        try:
-            if self._images is None:
-                left_out = iter(order["left_out"])
-                screen = (lambda _split: next(left_out)) if order["left_out"] else None
-                self._images = open_data(self._config.data, screen)
-            self._dissection = None  # the last donor's memory is free before this one is built
-            dissection = load_donor(donor, self._space, device=self._processes.device)
-            self._donor, self._dissection, self._indices = donor, dissection, order["indices"]
-            if size is None:
-                size = images_that_fit(dissection, donor, self._processes.device)
-        except Exception as error:
-            failure = error
-        self._processes.check(failure)
-        return int(min(self._processes.share(size)))
-
-    def _rows(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        assert self._donor is not None
-        count, rank = self._processes.count, self._processes.rank
-        nodes, config = self._donor.anatomy.nodes, self._config
-        spans = batch_spans(len(self._indices), batch_size)
-        batches = self._batches(batch_size)
-        for first in range(0, len(spans), count):
-            turn = spans[first : first + count]
-            rows, failure = None, None
-            try:
-                if rank < len(turn):
-                    rows = _rows_of(next(batches))
-            except Exception as error:
-                failure = NoMemoryError() if _is_out_of_memory(error) else error
-            self._processes.check(failure)
-            if count == 1:
-                assert rows is not None
-                yield rows
-                continue
-            specs = [embedding_specs(nodes, config, stop - start, start) for start, stop in turn]
-            packed = self._processes.collect(
-                None if rows is None else _pack(rows, specs[rank]), [_nbytes(s) for s in specs]
-            )
-            for flat, spec in zip(packed, specs, strict=False):
-                yield _unpack(flat, spec)
-
-    def _batches(self, batch_size: int) -> Iterator[BatchFeatures]:
-        """This process's part of the plan."""
-        assert self._donor is not None
-        assert self._dissection is not None
-        assert self._images is not None
-        config, processes = self._config, self._processes
-        batches = ImageBatches(
-            self._images.train,
-            self._indices,
-            self._donor.input,
-            crop=config.crop,
-            batch_size=batch_size,
-            device=processes.device,
-            workers=config.workers,
-            share=(processes.rank, processes.count),
-        )
-        dtype = _DTYPES[config.dtype]
-        if processes.count == 1:
-            yield from embed_batches(
-                self._dissection,
-                batches,
-                grid=config.grid,
-                grid_samples=config.grid_samples,
-                dtype=dtype,
-            )
-            return
-        starts = range(0, len(self._indices), batch_size)[processes.rank :: processes.count]
-        for start, x_NCHW in zip(starts, batches, strict=True):
-            yield from embed_batches(
-                self._dissection,
-                [x_NCHW],
-                grid=config.grid,
-                grid_samples=max(0, config.grid_samples - start),
-                dtype=dtype,
-            )
+                with (
+                    SafetensorsStream(path, specs) as stream,
+                    terminal.progress(donor.name, len(indices)) as progress,
+                ):
+                    for rows in embedder.rows(size):
+                        for name, tensor in rows.items():
+                            stream.write(name, tensor)
+                        progress.advance(len(rows["0.feat_NC"]))
+                break
+            except NoMemoryError:
+                if size == 1 or not auto:
+                    raise DeryError(
+                        f"out of memory on {processes.device} with batches of {size}",
+                        f"--batch-size {AUTO}, or a number below {size}" if size > 1 else None,
+                    ) from None
+            size //= 2
+            terminal.note(f"{donor.name}: out of memory, again with batches of {size}")
+        work.commit(finished(record, size))
+    seconds = time.monotonic() - loaded
+    write_log(
+        space.embeddings / f"{donor.name}.log.json",
+        {
+            "seconds": time.monotonic() - started,
+            "images_per_second": len(indices) / seconds,
+            "device": str(processes.device),
+            "processes": processes.count,
+            "threads": processes.threads,
+        },
+    )
 
 
-def _rows_of(batch: BatchFeatures) -> dict[str, Tensor]:
-    rows = {}
-    for index, pooled in enumerate(batch.nodes):
-        rows[f"{index}.feat_NC"] = pooled.feat_NC
-        rows[f"{index}.feat_NGC"] = pooled.feat_NGC
-        if pooled.prefix_NTC.shape[1]:
-            rows[f"{index}.prefix_NTC"] = pooled.prefix_NTC
-    return rows
-
-
-def _nbytes(specs: Specs) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-
-
-def _pack(rows: dict[str, Tensor], specs: Specs) -> Tensor:
-    return torch.cat([rows[name].contiguous().flatten().view(torch.uint8) for name in specs])
-
-
-def _unpack(flat: Tensor, specs: Specs) -> dict[str, Tensor]:
-    parts = torch.split(flat, [_nbytes({name: spec}) for name, spec in specs.items()])
-    return {
-        name: part.clone().view(dtype).reshape(shape)
-        for part, (name, (dtype, shape)) in zip(parts, specs.items(), strict=True)
-    }
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _OUT_OF_MEMORY)
-
-
-def images_that_fit(dissection: Dissection, donor: Donor, device: torch.device) -> int:
-    """The largest power of two of images, up to ``LARGEST_AUTO``, that half the free memory holds.
-
-    A pass over one image tells how many bytes of tensors are alive at once; the scratch memory of
-    the kernels is taken to be as much again.
-    """
-    x_NCHW = torch.zeros(1, donor.input.in_chans, *donor.input.image_size, device=device)
-    with torch.inference_mode(), PeakBytes() as peak:
-        for _ in dissection.features(x_NCHW):
-            pass
-    budget = free_memory(device) // 2
-    images = max(1, budget // (2 * (peak.peak + x_NCHW.nbytes)))
-    return int(min(LARGEST_AUTO, 1 << (images.bit_length() - 1)))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on ``device``."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)  # type: ignore[no-untyped-call]
-    for limit, used in (
-        ("memory.max", "memory.current"),  # the container's, cgroup 2 and 1
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # "max", or no such file
-            folder = Path("/sys/fs/cgroup")
-            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+def _leave_out(space: Workspace, name: str, record: Artifact, error: DeryError) -> None:
+    """Replace the donor's embedding, if it has one, by the record of why it is left out."""
+    path = space.embedding(name)
+    space.remove(path, [f"{name}.safetensors"])
+    write_record(path, left_out(record, error))

@@ -16,11 +16,11 @@ from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Artifact, Workspace, transaction, unchanged, write_log
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
+from dery_cli.sizes import show_duration
+from dery_cli.stages.finetune.splits import Splits, make_splits
 from dery_cli.stages.finetune.start import (
-    Splits,
     Start,
-    load_whole_donor,
-    make_splits,
+    load_donor_weights,
     start_from_assembly,
     start_from_donor,
 )
@@ -57,7 +57,7 @@ def fine_tune(
         Dismissed: In every process but the main one, when all is over.
         DeryError: Something is wrong with the request, the data, the folder or the training.
     """
-    with open_processes(device, torch.get_num_threads()) as processes:
+    with open_processes(device, torch.get_num_threads(), terminal.warn) as processes:
         path = space.run(request.run_name) / "run.json"
         with processes.united():
             plan = _prepare(terminal, space, request, config, processes)
@@ -181,7 +181,7 @@ def _train(
     run_dir: Path,
 ) -> _Trained:
     if request.donor is not None:
-        load_whole_donor(
+        load_donor_weights(
             terminal,
             space,
             request.donor,
@@ -342,12 +342,5 @@ def _cells(now: Progress, report: Mapping[str, Any]) -> list[str]:
         f"{report['train_loss']:.4f}",
         *scores,
         f"{now.images_per_second:.0f}",
-        "-" if now.eta is None else _duration(now.eta),
+        "-" if now.eta is None else show_duration(now.eta),
     ]
-
-
-def _duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,24 +10,24 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
+from dery_cli.core.stitching.head import NotFiniteError
+from dery_cli.data.classes import class_difference
 from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io.artifacts import Workspace, canonical_json, read_record
 from dery_cli.runtime.processes import Processes
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.stages.finetune.splits import Splits
 from dery_cli.stages.finetune.start import (
-    NotFiniteError,
-    Splits,
     Start,
-    WholeDonor,
-    difference,
-    whole_donor,
+    fit_donor,
 )
 from dery_cli.training.distill import Teacher
 from dery_cli.types import Donor
 from dery_cli.zoo.networks import find_record, load_assembly
 from dery_cli.zoo.registry import Zoo, require_zoo
+from dery_cli.zoo.whole import WholeDonor
 
 BEST = "best"
 SAMPLES = 2048
@@ -114,7 +114,7 @@ def _check_network(workspace: Workspace, name: str, classes: Sequence[str]) -> s
     if tuple(taught) != tuple(classes):
         raise UsageError(
             f"the teacher {name} tells other classes apart than the run: "
-            f"{difference(taught, classes)}",
+            f"{class_difference(taught, classes)}",
             "--teacher best, or a network made for these data",
         )
     return record.sha256
@@ -149,7 +149,7 @@ def load_teacher(
     indices = sorted(splits.kept[place] for place in places)
 
     def fitted(donor: Donor, advance: Callable[[int], None]) -> WholeDonor:
-        return whole_donor(
+        return fit_donor(
             workspace,
             donor,
             data,

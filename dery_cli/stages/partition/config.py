@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from dery_cli.errors import UsageError
-from dery_cli.sizes import check_at_least, check_one_of
+from dery_cli.sizes import check_above, check_between, check_one_of, check_seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,14 +23,13 @@ class PartitionConfig:
     SIZES: ClassVar[tuple[str, ...]] = ("nodes", "macs", "params")
 
     def __post_init__(self) -> None:
-        check_at_least("-K", self.blocks)
-        if self.blocks > 8:
-            raise UsageError(f"-K is {self.blocks}; at most 8 blocks are supported")
-        check_at_least("--eps", self.eps, 0)
-        check_at_least("--restarts", self.restarts)
+        check_between("-K", self.blocks, 1, 8)
+        check_between("--eps", self.eps, 0, 100)
+        check_between("--restarts", self.restarts, 1, 100_000)
         check_one_of("--size", self.size, self.SIZES)
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise UsageError(f"--max-seconds is {self.max_seconds}; it must be positive")
+        if self.max_seconds is not None:
+            check_above("--max-seconds", self.max_seconds)
+        check_seed(self.seed)
 
     def options(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dery_cli.core.similarity.metric import Similarity
 from dery_cli.errors import StaleError
-from dery_cli.io.artifacts import Artifact, Workspace, check_files, read_record
+from dery_cli.io.artifacts import Artifact, Workspace, check_files, read_record, transaction
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.zoo.registry import Zoo
 
@@ -68,6 +68,29 @@ def similarity_artifact(
     )
 
 
+def write_similarity(
+    workspace: Workspace, record: Artifact, result: Similarity
+) -> StoredSimilarity:
+    """Write a similarity matrix under its record."""
+    from safetensors.torch import save_file
+
+    numer_PP = result.numer_PP
+    if numer_PP.data_ptr() == result.sim_PP.data_ptr():  # no file holds one tensor twice
+        numer_PP = numer_PP.clone()
+    path = workspace.similarity(record.options["metric"])
+    with transaction(path) as work:
+        save_file(
+            {
+                "sim_PP": result.sim_PP.contiguous(),
+                "numer_PP": numer_PP.contiguous(),
+                "unit_P": result.unit_P.contiguous(),
+            },
+            work.path(path.with_suffix(".safetensors").name),
+        )
+        record = work.commit(record)
+    return StoredSimilarity(record=record, result=result, index=_index(record))
+
+
 def read_similarity(workspace: Workspace, metric: str) -> StoredSimilarity:
     """Read a similarity artifact without asking whether it is up to date.
 
@@ -92,8 +115,12 @@ def read_similarity(workspace: Workspace, metric: str) -> StoredSimilarity:
             numer_PP=tensors["numer_PP"],
             unit_P=tensors["unit_P"],
         ),
-        index=tuple((name, node) for name, node in record.data["index"]),
+        index=_index(record),
     )
+
+
+def _index(record: Artifact) -> tuple[tuple[str, int], ...]:
+    return tuple((name, node) for name, node in record.data["index"])
 
 
 def require_similarity(

@@ -53,7 +53,7 @@ def test_without_a_magnitude_there_is_no_randaugment():
         type(step).__name__
         for step in train_transform(GRAY, config(crop_padding=0.2, randaugment=0)).steps
     ]
-    assert shown == ["_SquareView", "RandomCrop"]
+    assert shown == ["SquareView", "RandomCrop"]
 
 
 def test_randaugment_works_on_one_channel():

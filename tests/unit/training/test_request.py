@@ -20,7 +20,7 @@ def test_a_run_is_called_as_said_or_as_what_it_starts_from():
 @pytest.mark.parametrize(
     ("asked", "text"),
     [
-        ({"valid_fraction": 1.0}, "--valid-fraction is 1.0; it must be in"),
+        ({"valid_fraction": 1.0}, "--valid-fraction is 1.0; it must be at least 0 and below 1"),
         ({"valid_fraction": -0.1}, "--valid-fraction is -0.1"),
         ({"donor": "a", "data": "demo", "scratch": True}, "exclude each other"),
         ({"donor": "a"}, "--donor needs --data"),

@@ -9,11 +9,11 @@ import torch
 
 import dery_demo
 from dery_cli import dissect
+from dery_cli.core.stitching.head import linear_head
 from dery_cli.core.stitching.network import (
     AssembledNetwork,
     MemoryBudget,
     NetworkBuilder,
-    linear_head,
     needs_stitch,
     replay,
 )

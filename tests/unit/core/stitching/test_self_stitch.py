@@ -7,7 +7,7 @@ import torch
 
 import dery_demo
 from dery_cli import dissect
-from dery_cli.core.proxies import pre_logits
+from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.network import NetworkBuilder
 from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.batches import ImageBatches
@@ -51,9 +51,9 @@ def test_it_comes_back_within_a_hundredth_of_its_accuracy(clothes, name, labelle
     if labelled:  # as an assembly is finished: with a closed-form head, which whole donors get too
         whole = donor.block(0, donor.anatomy.num_units).eval()
         nets = (whole, built.network)
-        heads = [fit_classifier(pre_logits(net, train), train_N, 10) for net in nets]
+        heads = [fit_classifier(network_outputs(net, train), train_N, 10) for net in nets]
         scores = [
-            pre_logits(net, test).double() @ head.weight_CD + head.bias_D
+            network_outputs(net, test).double() @ head.weight_CD + head.bias_D
             for net, head in zip(nets, heads, strict=True)
         ]
     else:  # with the classifier that the donor was trained with
@@ -61,7 +61,7 @@ def test_it_comes_back_within_a_hundredth_of_its_accuracy(clothes, name, labelle
         with torch.no_grad():
             scores = [
                 torch.cat([model(x) for x in test]),
-                model.get_classifier()(pre_logits(built.network, test)),
+                model.get_classifier()(network_outputs(built.network, test)),
             ]
     own, stitched = (float((s.argmax(1) == test_N).double().mean()) for s in scores)
     assert own > 0.8
