@@ -19,10 +19,11 @@ from dery_cli.errors import DeryError
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import network_memory
-from dery_cli.stages.assemble.target import DonorPool, Target
+from dery_cli.stages.assemble.target import Target
 from dery_cli.stages.assemble.workshop import Delivered, Workshop
 from dery_cli.training.evaluate import evaluate
 from dery_cli.types import BlockRef
+from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.plugin import Proxy
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.transforms import EvalTransform

@@ -44,9 +44,10 @@ from dery_cli.stages.assemble.problem import (
     probe_nodes,
     score_joints,
 )
-from dery_cli.stages.assemble.target import DonorPool, Target
+from dery_cli.stages.assemble.target import Target
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.types import BlockRef, StitchKind
+from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.whole import whole_block, whole_cost
 

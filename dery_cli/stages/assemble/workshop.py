@@ -19,8 +19,9 @@ from dery_cli.core.stitching.network import (
 )
 from dery_cli.data.batches import ImageStore
 from dery_cli.stages.assemble.config import AssembleConfig
-from dery_cli.stages.assemble.target import DonorPool, Target
+from dery_cli.stages.assemble.target import Target
 from dery_cli.types import BlockRef, StitchKind
+from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo
 
 
