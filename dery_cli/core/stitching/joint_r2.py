@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dery_cli.core.stitching.ridge import RidgeStatistics
+from dery_cli.core.stitching.ridge import RidgeStatistics, few_threads
 from dery_cli.core.stitching.stitch import resample
 from dery_cli.types import Layout, Node
 
@@ -94,12 +94,13 @@ def _grouped_r2(
 ) -> list[float]:
     fold_N = torch.arange(len(x_NGC)) % folds
     values: list[float] = []
-    for chunk in _chunks(outputs, x_NGC.shape[2], folds):
-        y_NGD = torch.cat([outputs[number] for number in chunk], dim=2)
-        widths = [outputs[number].shape[2] for number in chunk]
-        moments = RidgeStatistics(x_NGC.shape[1], x_NGC.shape[2], y_NGD.shape[2], folds=folds)
-        moments.update(x_NGC, y_NGD, fold_N)
-        values += moments.r2(widths, position_bias=position_bias)
+    with few_threads(x_NGC.shape[2]):
+        for chunk in _chunks(outputs, x_NGC.shape[2], folds):
+            y_NGD = torch.cat([outputs[number] for number in chunk], dim=2)
+            widths = [outputs[number].shape[2] for number in chunk]
+            moments = RidgeStatistics(x_NGC.shape[1], x_NGC.shape[2], y_NGD.shape[2], folds=folds)
+            moments.update(x_NGC, y_NGD, fold_N)
+            values += moments.r2(widths, position_bias=position_bias)
     return values
 
 

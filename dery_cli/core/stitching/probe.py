@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from dery_cli.core.stitching.ridge import RIDGE_PENALTIES
+from dery_cli.core.stitching.ridge import RIDGE_PENALTIES, few_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +55,23 @@ def fit_classifier(
         num_classes: D.
         folds: Cross-validation folds, each with its share of every class.
     """
-    label_N = label_N.cpu()
-    z_NC, mean_C, scale_C = _standardised(x_NC)
-    target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
-    fold_N = stratified_folds(label_N, folds)
-    score_PND = _cross_validated_scores(z_NC, target_ND, fold_N, folds)
-    hits_P = (score_PND.argmax(-1) == label_N).double().mean(-1)
-    loss_P = (score_PND - target_ND).square().mean((-1, -2))
-    # most accurate first; among equals the smallest squared error
-    best = min(
-        range(len(RIDGE_PENALTIES)), key=lambda p: (-round(float(hits_P[p]), 9), float(loss_P[p]))
-    )
-    temperature = _best_temperature(score_PND[best], label_N)
-    weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (RIDGE_PENALTIES[best],))[0]
-    weight_CD = temperature * weight_CD * scale_C[:, None]
-    bias_D = temperature * offset_D - mean_C @ weight_CD
+    with few_threads(min(x_NC.shape)):
+        label_N = label_N.cpu()
+        z_NC, mean_C, scale_C = _standardised(x_NC)
+        target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
+        fold_N = stratified_folds(label_N, folds)
+        score_PND = _cross_validated_scores(z_NC, target_ND, fold_N, folds)
+        hits_P = (score_PND.argmax(-1) == label_N).double().mean(-1)
+        loss_P = (score_PND - target_ND).square().mean((-1, -2))
+        # most accurate first; among equals the smallest squared error
+        best = min(
+            range(len(RIDGE_PENALTIES)),
+            key=lambda p: (-round(float(hits_P[p]), 9), float(loss_P[p])),
+        )
+        temperature = _best_temperature(score_PND[best], label_N)
+        weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (RIDGE_PENALTIES[best],))[0]
+        weight_CD = temperature * weight_CD * scale_C[:, None]
+        bias_D = temperature * offset_D - mean_C @ weight_CD
     return LinearClassifier(weight_CD, bias_D, float(hits_P[best]))
 
 
@@ -97,6 +99,7 @@ def _kernel_ridge(
 
 
 def _cross_validated_scores(x_NC: Tensor, y_ND: Tensor, fold_N: Tensor, folds: int) -> Tensor:
+    """What maps fitted without a sample's fold say of it, for each penalty."""
     score_PND = torch.zeros((len(RIDGE_PENALTIES), *y_ND.shape), dtype=torch.float64)
     for fold in range(folds):
         held_out = fold_N == fold
@@ -128,8 +131,11 @@ def probe_error(x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int =
 
     Finer than the accuracy: it tells two feature sets apart on a few hundred samples.
     """
-    z_NC, _, _ = _standardised(x_NC)
-    label_N = label_N.cpu()
-    target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
-    score_PND = _cross_validated_scores(z_NC, target_ND, stratified_folds(label_N, folds), folds)
+    with few_threads(min(x_NC.shape)):
+        z_NC, _, _ = _standardised(x_NC)
+        label_N = label_N.cpu()
+        target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
+        score_PND = _cross_validated_scores(
+            z_NC, target_ND, stratified_folds(label_N, folds), folds
+        )
     return float((score_PND - target_ND).square().sum(-1).mean(-1).min())

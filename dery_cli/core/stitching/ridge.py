@@ -11,13 +11,32 @@ total less the fold's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 RIDGE_PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate penalties, in units of the mean eigenvalue of the centred input Gram."""
+
+ONE_THREAD = 256
+"""Rows of a square matrix up to which one thread works on it.
+
+A second gains little there, and where other processes are busy the threads mostly wait for one
+another: the many small problems of a zoo then take several times as long.
+"""
+
+
+@contextmanager
+def few_threads(rows: int) -> Iterator[None]:
+    """Work on square matrices of so many rows, with one thread where they are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if rows <= ONE_THREAD else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclasses.dataclass
@@ -132,7 +151,7 @@ class RidgeStatistics:
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
-        self.groups = groups
+        self.groups, self.in_chs = groups, in_chs
         self.cell_G = torch.tensor(cells or [0] * groups, device=self.device)
         num_cells = int(self.cell_G.max()) + 1
         self.folds = [
@@ -198,36 +217,58 @@ class RidgeStatistics:
             only: The folds to use; None is all.
         """
         chosen = tuple(range(len(self.folds)) if only is None else only)
+        with few_threads(self.in_chs):
+            plain_P, moved_P, spread = self._held_out(
+                chosen, position_bias, penalties, class_weight
+            )
+            best, r2 = len(penalties) // 2, 0.0
+            if spread is not None:
+                best = int((moved_P if class_weight else plain_P).argmin())
+                r2 = 1 - float(plain_P.min()) / spread if spread > 0 else 0.0
+            total = _added([self.folds[index] for index in chosen])
+            if class_weight:
+                total = total.moved(class_weight * total.class_offsets(self.cell_G), self.cell_G)
+            centred = _Centred.of(total, position_bias)
+            basis = self._basis((chosen, None, position_bias), centred)
+            weight_CD = basis.weights(centred.cross_CD, penalties[best])
+            bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
+        error = float(plain_P.min())
+        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), error, penalties[best])
+
+    def _held_out(
+        self,
+        chosen: tuple[int, ...],
+        position_bias: bool,
+        penalties: Sequence[float],
+        class_weight: float,
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Squared errors on the folds held out in turn, by penalty, and what there is to explain.
+
+        Returns:
+            Of y; of y with its class offsets (0 without a ``class_weight``); the squares of y about
+            the mean of the other folds, None where there are no two folds with images.
+        """
         total = _added([self.folds[index] for index in chosen])
         used = [index for index in chosen if self.folds[index].images > 0]
-        plain, moved = (torch.zeros(len(penalties), dtype=torch.float64) for _ in range(2))
+        plain_P, moved_P = (torch.zeros(len(penalties), dtype=torch.float64) for _ in range(2))
+        if len(used) < 2:
+            return plain_P, moved_P, None
         spread = 0.0
-        if len(used) > 1:
-            for index in used:
-                held_out = self.folds[index]
-                train = total.combine(held_out, -1.0)
-                centred = _Centred.of(train, position_bias)
-                basis = self._basis((chosen, index, position_bias), centred)
-                test = _Centred.of(held_out, position_bias, centre=centred)
-                plain += basis.errors(centred, test, penalties)[:, 0]
-                spread += float(test.square_D.sum())
-                if class_weight:
-                    offset_KZD = class_weight * train.class_offsets(self.cell_G)
-                    centred = _Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)
-                    other = held_out.moved(offset_KZD, self.cell_G)
-                    test = _Centred.of(other, position_bias, centre=centred)
-                    moved += basis.errors(centred, test, penalties)[:, 0]
-            best = int((moved if class_weight else plain).argmin())
-            r2 = 1 - float(plain.min()) / spread if spread > 0 else 0.0
-        else:
-            best, r2 = len(penalties) // 2, 0.0
-        if class_weight:
-            total = total.moved(class_weight * total.class_offsets(self.cell_G), self.cell_G)
-        centred = _Centred.of(total, position_bias)
-        basis = self._basis((chosen, None, position_bias), centred)
-        weight_CD = basis.weights(centred.cross_CD, penalties[best])
-        bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
-        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), float(plain.min()), penalties[best])
+        for index in used:
+            held_out = self.folds[index]
+            train = total.combine(held_out, -1.0)
+            centred = _Centred.of(train, position_bias)
+            basis = self._basis((chosen, index, position_bias), centred)
+            test = _Centred.of(held_out, position_bias, centre=centred)
+            plain_P += basis.errors(centred, test, penalties)[:, 0]
+            spread += float(test.square_D.sum())
+            if class_weight:
+                offset_KZD = class_weight * train.class_offsets(self.cell_G)
+                centred = _Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)
+                other = held_out.moved(offset_KZD, self.cell_G)
+                test = _Centred.of(other, position_bias, centre=centred)
+                moved_P += basis.errors(centred, test, penalties)[:, 0]
+        return plain_P, moved_P, spread
 
     def r2(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dery_cli.core.stitching import ridge
 from dery_cli.core.stitching.ridge import RIDGE_PENALTIES, RidgeStatistics
 
 
@@ -136,3 +137,25 @@ def test_statistics_that_grow_after_a_fit_are_fitted_anew():
     whole.update(x[32:], y[32:], fold[32:])
     fits = [s.solve(position_bias=False) for s in (grown, whole)]
     assert torch.equal(fits[0].weight_CD, fits[1].weight_CD)
+
+
+@pytest.mark.parametrize("limit", [5, 4], ids=["small", "large"])
+def test_small_problems_take_one_thread_and_leave_the_others_to_the_caller(monkeypatch, limit):
+    monkeypatch.setattr(ridge, "ONE_THREAD", limit)
+    before = torch.get_num_threads()
+    seen = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda x: (seen.append(torch.get_num_threads()), eigh(x))[1]
+    )
+    x, y, _, _ = _data(c=5)
+    statistics = RidgeStatistics(3, 5, 4)
+    statistics.update(x, y, torch.arange(len(x)) % 4)
+    torch.set_num_threads(2)
+    try:
+        statistics.solve(position_bias=False)
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1 if limit == 5 else 2}
+    assert after == 2
