@@ -26,14 +26,13 @@ from dery_cli.io.artifacts import (
 )
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.stages.assemble.build import FOLDS, check_size
+from dery_cli.stages.assemble.build import FOLDS, CompleteNetwork, check_size
 from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, ranked
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import PartCosts, latency_options, time_network
 from dery_cli.stages.assemble.model_card import model_card
 from dery_cli.stages.assemble.search import Assembler, frontier
 from dery_cli.stages.assemble.target import Target, choose_fit
-from dery_cli.stages.assemble.workshop import Delivered
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
 from dery_cli.stages.partition.store import require_partition
 from dery_cli.types import BlockRef
@@ -296,7 +295,7 @@ def _build_assembly(
     return done
 
 
-def _describe(assembler: Assembler, best: Scored, built: Delivered) -> dict[str, Any]:
+def _describe(assembler: Assembler, best: Scored, built: CompleteNetwork) -> dict[str, Any]:
     """What the record says of the network itself and of what it was made for."""
     chosen, target = best.candidate, assembler.target
     return {
