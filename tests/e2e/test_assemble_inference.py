@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from dery_cli.stages.assemble import build as making
+from dery_cli.stages.assemble import build
 from tests.e2e.conftest import edit_json
 
 FEW = ("--candidates", "2", "--finalists", "0")
@@ -131,7 +131,7 @@ def test_a_memory_budget(copied, monkeypatch):
     # a larger batch needs more, for activations only
     assert copied(*line, "--max-memory", str(least), "--memory-batch", "8").code == 3
     # the built network is counted again
-    monkeypatch.setattr(making, "network_memory", lambda *_: least - 4)
+    monkeypatch.setattr(build, "network_memory", lambda *_: least - 4)
     outcome = copied(*line, "--max-memory", str(least), "--name", "wrong")
     assert outcome.code == 1
     assert "the program counted" in outcome.json["error"]["message"]

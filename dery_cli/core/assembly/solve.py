@@ -60,6 +60,9 @@ _DIRECT_EDGES = 4000
 _REDUCE_TO_BEST = 32
 # python-mip takes a second for each ten thousand edges, and CBC more: beyond this nothing is stated
 _MOST_EDGES = 60_000
+# branches of CBC times edges: a count and no clock, so that a rerun stops at the same place; some
+# ten seconds, half a minute at the most
+_BRANCH_WORK = 3_000_000
 # a budget becomes at most this many units: fine, and still resolved by CBC's tolerance
 _UNITS = 2**20
 # in millionths of score: CBC's own tolerance on the objective
@@ -71,7 +74,7 @@ class MipStatus(enum.StrEnum):
 
     OPTIMAL = "optimal"
     INFEASIBLE = "infeasible"
-    TIME_LIMIT = "time limit"
+    STOPPED = "stopped at its limit"
     TOO_LARGE = "too large"
 
 
@@ -117,7 +120,7 @@ class Agreement:
     """Whether the program and the exact search say the same. Where not, the search is right.
 
     Args:
-        agrees: True also where the rounded budgets, or time, kept CBC from the best answer.
+        agrees: True also where the rounded budgets, or a limit, kept CBC from the best answer.
         reason: One line in words.
         score_gap: Search's best score less CBC's, in millionths; None unless both have an answer.
     """
@@ -139,11 +142,12 @@ def solve(
     per set, as many edges into and out of a block as it is chosen, and the budgets. Every budget
     is stated above the least that each stage costs anyway, in units that CBC's tolerance resolves,
     and rounded so that no answer is over it; assemblies within a few units of a limit can be lost,
-    which ``cross_check`` knows.
+    which ``cross_check`` knows. The search stops after a number of branches that the number of
+    edges decides.
 
     Args:
         problem: Blocks, edges, limits.
-        max_seconds: CBC stops then.
+        max_seconds: CBC also stops then; what it says by then depends on the machine.
         keep_E: Edges to state, ``SearchResult.kept_E`` for instance. By default all of a small
             problem, and of a large one those that bounds leave.
 
@@ -201,14 +205,17 @@ def solve(
         model += (total <= row.limit) if row.is_maximum else (total >= row.limit)
     if problem.max_donors is not None:
         _add_donor_limit(problem, model, x_B)
-    found = model.optimize(max_seconds=float("inf") if max_seconds is None else max_seconds)
+    found = model.optimize(
+        max_seconds=float("inf") if max_seconds is None else max_seconds,
+        max_nodes=max(1, _BRANCH_WORK // max(1, len(edges))),
+    )
     assembly = _read(problem, x_B, y_E) if model.num_solutions else None
     broken = () if assembly is None else tuple(violations(problem, assembly))
     status = {
         mip.OptimizationStatus.OPTIMAL: MipStatus.OPTIMAL,
         mip.OptimizationStatus.INFEASIBLE: MipStatus.INFEASIBLE,
         mip.OptimizationStatus.INT_INFEASIBLE: MipStatus.INFEASIBLE,
-    }.get(found, MipStatus.TIME_LIMIT)
+    }.get(found, MipStatus.STOPPED)
     return MipAnswer(
         status=status,
         assembly=assembly,
@@ -330,8 +337,8 @@ def cross_check(mip_answer: MipAnswer, search_result: SearchResult) -> Agreement
         return Agreement(True, "the search ran out of time before CBC's answer", gap)
     if gap is not None and gap <= _TOLERANCE:
         return Agreement(True, "same score", gap)
-    if mip_answer.status is MipStatus.TIME_LIMIT:
-        return Agreement(True, "CBC ran out of time before the best answer", gap)
+    if mip_answer.status is MipStatus.STOPPED:
+        return Agreement(True, "CBC stopped at its limit before the best answer", gap)
     missed = [
         a
         for a in search_result.assemblies

@@ -4,13 +4,15 @@ A node is a place where exactly one float tensor is alive; everything later depe
 (DeRy, section 3.1: a model as a path of blocks). No list of block names is used. In the order in
 which to read them: ``meta`` runs a model without its numbers, ``trace`` records what it does,
 ``classifier`` says where the last layers begin, ``units`` where to cut, ``layout`` what the tensor
-at a cut means; ``steps`` are the instructions between two cuts, ``block`` the module made of them.
+at a cut means; ``twins`` finds what depends on batch size and mode; ``steps`` are the instructions
+between two cuts, ``block`` the module made of them.
 
 Legend: N images, C channels, H x W grid, L tokens, n units (nodes 0..n).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +33,15 @@ from dery_cli.core.dissection.steps import (
     twin_events,
     with_drops,
 )
-from dery_cli.core.dissection.trace import Trace, record
+from dery_cli.core.dissection.trace import Call, Op, Trace, record
+from dery_cli.core.dissection.twins import (
+    FIRST_RUN,
+    MORE_RUNS,
+    NO_TRAINING,
+    TWIN_RUNS,
+    Run,
+    UnclearError,
+)
 from dery_cli.core.dissection.units import Cut, choose_cuts, find_cuts
 from dery_cli.errors import DeryError
 from dery_cli.types import Anatomy, Layout, Node, SharedParams
@@ -147,7 +157,7 @@ def dissect(
         >>> anatomy.num_units
         16
     """
-    shape = (1, *example.shape[1:])
+    shape = (FIRST_RUN.batch, *example.shape[1:])
     try:
         trace = record(model, shape, example.dtype, train=False, count=True)
     except Exception as error:
@@ -211,25 +221,32 @@ class _Plan:
         return chosen
 
     def _twins(self, chosen: list[Cut], vectors: list[int]) -> None:
-        """Trace once more, another batch size and training mode, to see what depends on them."""
-        trace = self.trace
-        values = [cut.value for cut in chosen] + vectors
-        opened = open_calls(trace, chosen, values)
-        self.listed = events(trace, opened)
-        image = trace.values[trace.image].tensor
-        shape = (trace.batch + 1, *image.shape[1:])
-        for train in (True, False):
+        """Trace other batch sizes and training mode, to see what depends on them."""
+        opened = open_calls(self.trace, chosen, [cut.value for cut in chosen] + vectors)
+        self.listed = events(self.trace, opened)
+        twin = functools.cache(functools.partial(self._twin, opened))
+        runs = NO_TRAINING if twin(TWIN_RUNS[-1]) is None else TWIN_RUNS
+        reason = "does other things with other batch sizes"
+        for tried in (runs, (*runs, *MORE_RUNS)):
+            twins = [listed for run in tried if (listed := twin(run)) is not None]
+            if len(twins) < len(tried):
+                break
             try:
-                twin = record(self.model, shape, image.dtype, train=train, count=False)
-            except Exception:
-                if not train:
-                    raise
-                continue
-            others = twin_events(trace, opened, twin)
-            if others is not None:
-                self.steps = build_steps(trace, self.listed, twin, others)
+                self.steps = build_steps(self.listed, twins, [FIRST_RUN, *tried])
                 return
-        raise DissectError(f"{type(self.model).__name__} does other things with other batch sizes")
+            except UnclearError as unclear:
+                reason = f"depends on the batch size in a way that cannot be followed: {unclear}"
+        raise DissectError(f"{type(self.model).__name__} {reason}")
+
+    def _twin(self, opened: set[Call], run: Run) -> list[Op | Call] | None:
+        """What corresponds to ``self.listed`` in another run; None where it does other things."""
+        image = self.trace.values[self.trace.image].tensor
+        shape = (run.batch, *image.shape[1:])
+        try:
+            other = record(self.model, shape, image.dtype, train=run.training, count=False)
+        except Exception:
+            return None
+        return twin_events(self.trace, opened, other)
 
     def _finish(
         self, chosen: list[Cut], vectors: list[int], geometries: dict[int, Geometry]

@@ -2,14 +2,12 @@
 
 Calls that no cut falls inside stay whole and run as the donor's own modules. The others are
 opened: their events become steps of their own. What the trace fixed but a block must not (batch
-size, device, training mode) is found by comparing two traces and put back as ``Batch``,
-``DEVICE`` and ``Mode``.
+size, device, training mode) is left open, as ``twins`` finds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,32 +15,16 @@ import torch
 from torch import nn
 
 from dery_cli.core.dissection.trace import Attr, Call, Op, Outputs, Ref, Trace
+from dery_cli.core.dissection.twins import (
+    DEVICE,
+    Batch,
+    Mode,
+    Run,
+    UnclearError,
+    merge,
+    varies,
+)
 from dery_cli.core.dissection.units import Cut
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """An integer that grows with the batch: ``slope * N + offset``."""
-
-    slope: int
-    offset: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """A number or flag that differs between evaluation and training."""
-
-    evaluating: Any
-    training: Any
-
-
-class Special(enum.Enum):
-    """What is only known when a block runs."""
-
-    DEVICE = enum.auto()
-
-
-DEVICE = Special.DEVICE
 
 
 @dataclasses.dataclass(eq=False)
@@ -163,19 +145,27 @@ def _label(event: Op | Call) -> str:
 
 
 def build_steps(
-    trace: Trace,
     listed: Sequence[Op | Call],
-    twin: Trace | None,
-    others: Sequence[Op | Call] | None,
+    twins: Sequence[Sequence[Op | Call]],
+    runs: Sequence[Run],
 ) -> list[Step]:
-    """Steps for the events of a trace, with what differs in the twin trace left open."""
+    """Steps for the events of a trace, with what differs between runs left open.
+
+    Args:
+        listed: The events.
+        twins: The same events in each of the other runs.
+        runs: The trace's own run and the others.
+
+    Raises:
+        UnclearError: What differs is explained neither by the number of images nor by the mode.
+    """
     steps = []
-    for position, event in enumerate(listed):
-        args, kwargs = event.args, event.kwargs
-        if others is not None and twin is not None:
-            other = others[position]
-            args = _merge(args, other.args, trace.batch, twin.batch)
-            kwargs = _merge(kwargs, other.kwargs, trace.batch, twin.batch)
+    for event, *others in zip(listed, *twins, strict=True):
+        try:
+            args = merge([event.args, *(other.args for other in others)], runs)
+            kwargs = merge([event.kwargs, *(other.kwargs for other in others)], runs)
+        except UnclearError as reason:
+            raise UnclearError(f"{_label(event)} {reason}") from None
         op = event if isinstance(event, Op) else None
         steps.append(
             Step(
@@ -188,45 +178,10 @@ def build_steps(
                 outputs=event.outputs,
                 aliases=event.aliases,
                 start=event.time if isinstance(event, Op) else event.start,
-                fixed=not _varies((args, kwargs)),
+                fixed=not varies((args, kwargs)),
             )
         )
     return steps
-
-
-def _merge(mine: Any, theirs: Any, batch: int, other_batch: int) -> Any:
-    if isinstance(mine, Ref):
-        return mine
-    if isinstance(mine, torch.device):
-        return DEVICE
-    if isinstance(mine, slice) and isinstance(theirs, slice):
-        pairs = [(mine.start, theirs.start), (mine.stop, theirs.stop), (mine.step, theirs.step)]
-        return slice(*(_merge(a, b, batch, other_batch) for a, b in pairs))
-    if isinstance(mine, dict):
-        return {k: _merge(v, theirs[k], batch, other_batch) for k, v in mine.items()}
-    if isinstance(mine, (list, tuple)) and len(mine) == len(theirs):
-        parts = [_merge(a, b, batch, other_batch) for a, b in zip(mine, theirs, strict=True)]
-        if isinstance(mine, list):
-            return parts
-        return type(mine)(*parts) if hasattr(mine, "_fields") else tuple(parts)
-    plain = (bool, int, float)
-    if type(mine) in plain and type(theirs) in plain and mine != theirs:
-        if type(mine) is int and type(theirs) is int:
-            slope, rest = divmod(theirs - mine, other_batch - batch)
-            if rest == 0 and slope:
-                return Batch(slope, mine - slope * batch)
-        return Mode(mine, theirs)
-    return mine
-
-
-def _varies(tree: Any) -> bool:
-    if isinstance(tree, (Batch, Mode, Special)):
-        return True
-    if isinstance(tree, slice):
-        return _varies((tree.start, tree.stop, tree.step))
-    if isinstance(tree, dict):
-        return any(map(_varies, tree.values()))
-    return isinstance(tree, (list, tuple)) and any(map(_varies, tree))
 
 
 def cut_out(trace: Trace, steps: Sequence[Step], source: int, targets: Sequence[int]) -> list[Step]:
@@ -330,7 +285,7 @@ def _fill(
     if isinstance(tree, Batch):
         return tree.slope * batch + tree.offset
     if isinstance(tree, Mode):
-        return tree.training if training else tree.evaluating
+        return _fill(tree.training if training else tree.evaluating, env, batch, device, training)
     if tree is DEVICE:
         return device
     if isinstance(tree, slice):

@@ -24,7 +24,7 @@ from dery_cli.core.stitching.stitch import Stitch, grid_size, prefix_inputs, spl
 from dery_cli.types import Node, StitchKind
 
 FIT_POSITIONS = 196
-"""Grid positions an image may add to a fit without position bias; more are thinned out evenly."""
+"""Grid positions an image may add to a fit without position bias; more are thinned out."""
 
 CELLS = 4
 """Class means are taken in each cell of a grid of at most so many cells a side."""
@@ -235,7 +235,25 @@ def _kept_positions(target: Node, use_position: bool) -> list[int]:
     count = grid_size(target)
     if use_position or count <= FIT_POSITIONS:
         return list(range(count))
-    return [(i * count) // FIT_POSITIONS for i in range(FIT_POSITIONS)]
+    return spread_positions(target.grid, FIT_POSITIONS)
+
+
+def spread_positions(grid: tuple[int, int], count: int) -> list[int]:
+    """``count`` positions of a larger grid, in raster order, that fall on all rows and columns.
+
+    Every stride has its period; so these follow the lattice of points (i / count, i g mod 1), g the
+    golden ratio: each row and each column gets the same share, and no direction is preferred.
+    """
+    height, width = grid
+    step_N = torch.arange(count, dtype=torch.float64) * ((5**0.5 - 1) / 2)
+    rank_N = step_N.frac().argsort().argsort()
+    chosen: set[int] = set()
+    for i, rank in enumerate(rank_N.tolist()):
+        row, column = i * height // count, rank * width // count
+        while row * width + column in chosen:
+            column = (column + 1) % width
+        chosen.add(row * width + column)
+    return sorted(chosen)
 
 
 def _cells(target: Node, kept: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dery_cli.core.stitching.ridge import RidgeStatistics
+from dery_cli.core.stitching.ridge import RidgeStatistics, few_threads
 from dery_cli.core.stitching.stitch import resample
 from dery_cli.types import Layout, Node
 
@@ -75,9 +75,9 @@ def _on_grid(source: Node, source_NGC: Tensor, target: Node, positions: int) -> 
     return resample(grid_NCHW, want).flatten(2).transpose(1, 2)
 
 
-def _chunks(outputs: Sequence[Tensor], in_chs: int, folds: int) -> list[list[int]]:
+def _chunks(outputs: Sequence[Tensor], rank: int, folds: int) -> list[list[int]]:
     """Runs of outputs whose moments with the inputs take ``MOMENT_BYTES`` at most, or one alone."""
-    limit = MOMENT_BYTES // (8 * in_chs * (folds + 2))
+    limit = MOMENT_BYTES // (8 * rank * (folds + 2))
     chunks: list[list[int]] = []
     room = 0
     for number, y_NGD in enumerate(outputs):
@@ -94,12 +94,14 @@ def _grouped_r2(
 ) -> list[float]:
     fold_N = torch.arange(len(x_NGC)) % folds
     values: list[float] = []
-    for chunk in _chunks(outputs, x_NGC.shape[2], folds):
-        y_NGD = torch.cat([outputs[number] for number in chunk], dim=2)
-        widths = [outputs[number].shape[2] for number in chunk]
-        moments = RidgeStatistics(x_NGC.shape[1], x_NGC.shape[2], y_NGD.shape[2], folds=folds)
-        moments.update(x_NGC, y_NGD, fold_N)
-        values += moments.r2(widths, position_bias=position_bias)
+    rank = min(x_NGC.shape[2], len(x_NGC) * x_NGC.shape[1])
+    with few_threads(rank):
+        for chunk in _chunks(outputs, rank, folds):
+            y_NGD = torch.cat([outputs[number] for number in chunk], dim=2)
+            widths = [outputs[number].shape[2] for number in chunk]
+            moments = RidgeStatistics(x_NGC.shape[1], x_NGC.shape[2], y_NGD.shape[2], folds=folds)
+            moments.update(x_NGC, y_NGD, fold_N)
+            values += moments.r2(widths, position_bias=position_bias)
     return values
 
 

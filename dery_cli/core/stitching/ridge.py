@@ -6,86 +6,43 @@ channels, F folds, K classes, Z cells of positions.
 Everything is accumulated in float64. A fold keeps its own sums, so that leave-one-fold-out
 cross-validation needs no second pass over the data: the statistics of the training part are the
 total less the fold's.
+
+Where there are fewer rows than channels, the map that ridge finds is a combination of the rows.
+They are kept then, and the sums are those of their R coordinates in an orthonormal basis of their
+span: the kernel form of the same regression, with R x R matrices in place of C x C ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from dery_cli.core.stitching.moments import Basis, Centred, Sums, added
+
 RIDGE_PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate penalties, in units of the mean eigenvalue of the centred input Gram."""
 
+ONE_THREAD = 256
+"""Rows of a square matrix up to which one thread works on it.
 
-@dataclasses.dataclass
-class _Sums:
-    """Sufficient statistics of one fold."""
-
-    gram_CC: Tensor
-    cross_CD: Tensor
-    square_D: Tensor
-    sum_x_GC: Tensor
-    sum_y_GD: Tensor
-    class_x_KZC: Tensor
-    class_y_KZD: Tensor
-    images_K: Tensor
-    images: float = 0.0
-
-    @classmethod
-    def zeros(
-        cls, groups: int, c: int, d: int, classes: int, cells: int, device: torch.device
-    ) -> _Sums:
-        def empty(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        return cls(
-            gram_CC=empty(c, c),
-            cross_CD=empty(c, d),
-            square_D=empty(d),
-            sum_x_GC=empty(groups, c),
-            sum_y_GD=empty(groups, d),
-            class_x_KZC=empty(classes, cells, c),
-            class_y_KZD=empty(classes, cells, d),
-            images_K=empty(classes),
-        )
-
-    def combine(self, other: _Sums, sign: float) -> _Sums:
-        pairs = {
-            field.name: getattr(self, field.name) + sign * getattr(other, field.name)
-            for field in dataclasses.fields(self)
-        }
-        return _Sums(**pairs)
-
-    def class_offsets(self, cell_G: Tensor) -> Tensor:
-        """In each cell a class's mean output less that of all, (K, Z, D); 0 for an empty class."""
-        size_Z = torch.bincount(cell_G, minlength=self.class_y_KZD.shape[1])[:, None]
-        mean_ZD = self.class_y_KZD.sum(0) / (self.images * size_Z)
-        mean_KZD = self.class_y_KZD / (self.images_K.clamp(min=1)[:, None, None] * size_Z)
-        return torch.where(self.images_K[:, None, None] > 0, mean_KZD - mean_ZD, 0.0)
-
-    def moved(self, offset_KZD: Tensor, cell_G: Tensor) -> _Sums:
-        """The statistics with ``offset_KZD[class, cell]`` added to every output."""
-        size_Z = torch.bincount(cell_G, minlength=self.class_y_KZD.shape[1])
-        added_D = 2 * (self.class_y_KZD * offset_KZD).sum((0, 1))
-        weights = (self.images_K, offset_KZD.square(), size_Z.double())
-        added_D = added_D + torch.einsum("k,kzd,z->d", *weights)
-        total_ZD = torch.einsum("k,kzd->zd", self.images_K, offset_KZD)
-        return dataclasses.replace(
-            self,
-            cross_CD=self.cross_CD + self.class_x_KZC.flatten(0, 1).T @ offset_KZD.flatten(0, 1),
-            square_D=self.square_D + added_D,
-            sum_y_GD=self.sum_y_GD + total_ZD[cell_G],
-        )
+A second gains little there, and where other processes are busy the threads mostly wait for one
+another: the many small problems of a zoo then take several times as long.
+"""
 
 
-def _added(folds: Sequence[_Sums]) -> _Sums:
-    total = folds[0]
-    for sums in folds[1:]:
-        total = total.combine(sums, 1.0)
-    return total
+@contextmanager
+def few_threads(rows: int) -> Iterator[None]:
+    """Work on square matrices of so many rows, with one thread where they are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if rows <= ONE_THREAD else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +62,24 @@ class RidgeFit:
     r2: float
     error: float
     penalty: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """What was given at once."""
+
+    x_NGC: Tensor
+    y_NGD: Tensor
+    fold_N: Tensor
+    label_N: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.x_NGC) * self.x_NGC.shape[1]
+
+    def double(self, device: torch.device, *, copy: bool = False) -> _Samples:
+        x_NGC, y_NGD = (t.to(device, torch.float64, copy=copy) for t in (self.x_NGC, self.y_NGD))
+        return dataclasses.replace(self, x_NGC=x_NGC, y_NGD=y_NGD)
 
 
 class RidgeStatistics:
@@ -132,36 +107,66 @@ class RidgeStatistics:
         device: torch.device | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
-        self.groups = groups
+        self.groups, self.in_chs, self.out_chs = groups, in_chs, out_chs
         self.cell_G = torch.tensor(cells or [0] * groups, device=self.device)
-        num_cells = int(self.cell_G.max()) + 1
-        self.folds = [
-            _Sums.zeros(groups, in_chs, out_chs, classes, num_cells, self.device)
-            for _ in range(folds)
-        ]
-        self._bases: dict[tuple[tuple[int, ...], int | None, bool], _Basis] = {}
+        self._num_folds, self._classes = folds, classes
+        self._kept: list[_Samples] | None = []  # None once there are more rows than channels
+        self._folds: list[Sums] = []
+        self._span_CR: Tensor | None = None
+        self._bases: dict[tuple[tuple[int, ...], int | None, bool], Basis] = {}
 
     def update(
         self, x_NGC: Tensor, y_NGD: Tensor, fold_N: Tensor, label_N: Tensor | None = None
     ) -> None:
         """Add samples; ``fold_N`` says which fold each belongs to, ``label_N`` which class."""
         self._bases.clear()
-        x_NGC = x_NGC.to(self.device, torch.float64)
-        y_NGD = y_NGD.to(self.device, torch.float64)
-        for index, sums in enumerate(self.folds):
-            rows = (fold_N == index).nonzero().flatten()
-            if len(rows) == 0:
+        samples = _Samples(x_NGC, y_NGD, fold_N, label_N)
+        if self._kept is not None:
+            if sum(each.rows for each in self._kept) + samples.rows <= self.in_chs:
+                self._kept.append(samples.double(self.device, copy=True))
+                self._folds, self._span_CR = [], None
+                return
+            self._folds, self._span_CR = self._empty(self.in_chs), None
+            for kept in self._kept:
+                self._add(kept)
+            self._kept = None
+        self._add(samples.double(self.device))
+
+    @property
+    def folds(self) -> list[Sums]:
+        """The sums of each fold, of the inputs or of their coordinates in the rows' span."""
+        if self._kept and not self._folds:
+            x_RC = torch.cat([kept.x_NGC.flatten(0, 1) for kept in self._kept])
+            self._span_CR, coordinates_RR = torch.linalg.qr(x_RC.T)
+            self._folds = self._empty(len(coordinates_RR))
+            parts = torch.split(coordinates_RR.T, [kept.rows for kept in self._kept])
+            for kept, z_RR in zip(self._kept, parts, strict=True):
+                self._add(dataclasses.replace(kept, x_NGC=z_RR.reshape(*kept.x_NGC.shape[:2], -1)))
+        return self._folds or self._empty(self.in_chs)
+
+    def _empty(self, channels: int) -> list[Sums]:
+        cells = int(self.cell_G.max()) + 1
+        return [
+            Sums.zeros(self.groups, channels, self.out_chs, self._classes, cells, self.device)
+            for _ in range(self._num_folds)
+        ]
+
+    def _add(self, samples: _Samples) -> None:
+        for index, sums in enumerate(self._folds):
+            chosen = (samples.fold_N == index).nonzero().flatten()
+            if len(chosen) == 0:
                 continue
-            x, y = x_NGC[rows.to(self.device)], y_NGD[rows.to(self.device)]
+            here = chosen.to(self.device)
+            x, y = samples.x_NGC[here], samples.y_NGD[here]
             x_RC, y_RD = x.flatten(0, 1), y.flatten(0, 1)
             sums.gram_CC += x_RC.T @ x_RC
             sums.cross_CD += x_RC.T @ y_RD
             sums.square_D += y_RD.square().sum(0)
             sums.sum_x_GC += x.sum(0)
             sums.sum_y_GD += y.sum(0)
-            sums.images += len(rows)
-            if label_N is not None:
-                label = label_N[rows].to(self.device)
+            sums.images += len(chosen)
+            if samples.label_N is not None:
+                label = samples.label_N[chosen].to(self.device)
                 sums.class_x_KZC.index_add_(0, label, self._by_cell(x))
                 sums.class_y_KZD.index_add_(0, label, self._by_cell(y))
                 sums.images_K += torch.bincount(label, minlength=len(sums.images_K))
@@ -173,9 +178,12 @@ class RidgeStatistics:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean (C) and covariance (C, C) of the inputs, positions not told apart."""
-        total = _added(self.folds)
-        centred = _Centred.of(total, position_bias=False)
-        return centred.mean_x_GC[0], centred.gram_CC / (total.images * self.groups)
+        total = added(self.folds)
+        centred = Centred.of(total, position_bias=False)
+        mean_C, gram_CC = centred.mean_x_GC[0], centred.gram_CC
+        if self._span_CR is not None:
+            mean_C, gram_CC = self._span_CR @ mean_C, self._span_CR @ gram_CC @ self._span_CR.T
+        return mean_C, gram_CC / (total.images * self.groups)
 
     def solve(
         self,
@@ -198,36 +206,60 @@ class RidgeStatistics:
             only: The folds to use; None is all.
         """
         chosen = tuple(range(len(self.folds)) if only is None else only)
-        total = _added([self.folds[index] for index in chosen])
-        used = [index for index in chosen if self.folds[index].images > 0]
-        plain, moved = (torch.zeros(len(penalties), dtype=torch.float64) for _ in range(2))
-        spread = 0.0
-        if len(used) > 1:
-            for index in used:
-                held_out = self.folds[index]
-                train = total.combine(held_out, -1.0)
-                centred = _Centred.of(train, position_bias)
-                basis = self._basis((chosen, index, position_bias), centred)
-                test = _Centred.of(held_out, position_bias, centre=centred)
-                plain += basis.errors(centred, test, penalties)[:, 0]
-                spread += float(test.square_D.sum())
-                if class_weight:
-                    offset_KZD = class_weight * train.class_offsets(self.cell_G)
-                    centred = _Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)
-                    other = held_out.moved(offset_KZD, self.cell_G)
-                    test = _Centred.of(other, position_bias, centre=centred)
-                    moved += basis.errors(centred, test, penalties)[:, 0]
-            best = int((moved if class_weight else plain).argmin())
-            r2 = 1 - float(plain.min()) / spread if spread > 0 else 0.0
-        else:
+        with few_threads(len(self.folds[0].gram_CC)):
+            plain_P, moved_P, spread = self._held_out(
+                chosen, position_bias, penalties, class_weight
+            )
             best, r2 = len(penalties) // 2, 0.0
-        if class_weight:
-            total = total.moved(class_weight * total.class_offsets(self.cell_G), self.cell_G)
-        centred = _Centred.of(total, position_bias)
-        basis = self._basis((chosen, None, position_bias), centred)
-        weight_CD = basis.weights(centred.cross_CD, penalties[best])
-        bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
-        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), float(plain.min()), penalties[best])
+            if spread is not None:
+                best = int((moved_P if class_weight else plain_P).argmin())
+                r2 = 1 - float(plain_P.min()) / spread if spread > 0 else 0.0
+            total = added([self.folds[index] for index in chosen])
+            if class_weight:
+                total = total.moved(class_weight * total.class_offsets(self.cell_G), self.cell_G)
+            centred = Centred.of(total, position_bias)
+            basis = self._basis((chosen, None, position_bias), centred)
+            weight_CD = basis.weights(centred.cross_CD, penalties[best])
+            bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
+            if self._span_CR is not None:
+                weight_CD = self._span_CR @ weight_CD
+        error = float(plain_P.min())
+        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), error, penalties[best])
+
+    def _held_out(
+        self,
+        chosen: tuple[int, ...],
+        position_bias: bool,
+        penalties: Sequence[float],
+        class_weight: float,
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Squared errors on the folds held out in turn, by penalty, and what there is to explain.
+
+        Returns:
+            Of y; of y with its class offsets (0 without a ``class_weight``); the squares of y about
+            the mean of the other folds, None where there are no two folds with images.
+        """
+        total = added([self.folds[index] for index in chosen])
+        used = [index for index in chosen if self.folds[index].images > 0]
+        plain_P, moved_P = (torch.zeros(len(penalties), dtype=torch.float64) for _ in range(2))
+        if len(used) < 2:
+            return plain_P, moved_P, None
+        spread = 0.0
+        for index in used:
+            held_out = self.folds[index]
+            train = total.combine(held_out, -1.0)
+            centred = Centred.of(train, position_bias)
+            basis = self._basis((chosen, index, position_bias), centred)
+            test = Centred.of(held_out, position_bias, centre=centred)
+            plain_P += basis.errors(centred, test, penalties)[:, 0]
+            spread += float(test.square_D.sum())
+            if class_weight:
+                offset_KZD = class_weight * train.class_offsets(self.cell_G)
+                centred = Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)
+                other = held_out.moved(offset_KZD, self.cell_G)
+                test = Centred.of(other, position_bias, centre=centred)
+                moved_P += basis.errors(centred, test, penalties)[:, 0]
+        return plain_P, moved_P, spread
 
     def r2(
         self,
@@ -243,13 +275,13 @@ class RidgeStatistics:
             position_bias: One offset a position instead of one for all.
             penalties: Candidates, in units of the mean eigenvalue of the centred Gram.
         """
-        total = _added(self.folds)
+        total = added(self.folds)
         used = [index for index, sums in enumerate(self.folds) if sums.images > 0]
         error_PW = torch.zeros(len(penalties), len(widths), dtype=torch.float64)
         spread_W = torch.zeros(len(widths), dtype=torch.float64)
         for index in used if len(used) > 1 else ():
-            centred = _Centred.of(total.combine(self.folds[index], -1.0), position_bias)
-            test = _Centred.of(self.folds[index], position_bias, centre=centred)
+            centred = Centred.of(total.combine(self.folds[index], -1.0), position_bias)
+            test = Centred.of(self.folds[index], position_bias, centre=centred)
             basis = self._basis((tuple(range(len(self.folds))), index, position_bias), centred)
             error_PW += basis.errors(centred, test, penalties, widths)
             parts = torch.split(test.square_D.cpu(), list(widths))
@@ -257,95 +289,8 @@ class RidgeStatistics:
         share_W = error_PW.min(0).values / spread_W
         return torch.where(spread_W > 0, 1 - share_W, 0.0).tolist()
 
-    def _basis(self, key: tuple[tuple[int, ...], int | None, bool], centred: _Centred) -> _Basis:
+    def _basis(self, key: tuple[tuple[int, ...], int | None, bool], centred: Centred) -> Basis:
         """Of some folds, one left out; the inputs alone decide it, whatever the class weight."""
         if key not in self._bases:
-            self._bases[key] = _Basis.of(centred.gram_CC)
+            self._bases[key] = Basis.of(centred.gram_CC, self.in_chs)
         return self._bases[key]
-
-
-@dataclasses.dataclass
-class _Centred:
-    """Centred second moments."""
-
-    gram_CC: Tensor
-    cross_CD: Tensor
-    square_D: Tensor
-    mean_x_GC: Tensor
-    mean_y_GD: Tensor
-
-    @classmethod
-    def of(cls, sums: _Sums, position_bias: bool, centre: _Centred | None = None) -> _Centred:
-        """Moments about the own means, or about ``centre``'s where given (held-out data)."""
-        groups = sums.sum_x_GC.shape[0]
-        count = sums.images if position_bias else sums.images * groups
-        sum_x, sum_y = sums.sum_x_GC, sums.sum_y_GD
-        if not position_bias:
-            sum_x, sum_y = sum_x.sum(0, keepdim=True), sum_y.sum(0, keepdim=True)
-        if centre is None:
-            mean_x, mean_y = sum_x / count, sum_y / count
-        else:
-            mean_x, mean_y = centre.mean_x_GC, centre.mean_y_GD
-        gram = sums.gram_CC - sum_x.T @ mean_x - mean_x.T @ sum_x + count * (mean_x.T @ mean_x)
-        cross = sums.cross_CD - sum_x.T @ mean_y - mean_x.T @ sum_y + count * (mean_x.T @ mean_y)
-        square = sums.square_D - 2 * (sum_y * mean_y).sum(0) + count * mean_y.square().sum(0)
-        return cls(gram, cross, square, mean_x, mean_y)
-
-
-@dataclasses.dataclass
-class _Basis:
-    """Eigenbasis of a centred input Gram, in which ridge maps of any penalty are one division."""
-
-    values_C: Tensor
-    vectors_CC: Tensor
-    scale: float
-
-    @classmethod
-    def of(cls, gram_CC: Tensor) -> _Basis:
-        values, vectors = torch.linalg.eigh(gram_CC)
-        values = values.clamp(min=0)
-        return cls(values, vectors, float(values.mean()))
-
-    def weights(self, cross_CD: Tensor, penalty: float) -> Tensor:
-        if self.scale == 0:
-            return torch.zeros_like(cross_CD)
-        shrunk_CD = (self.vectors_CC.T @ cross_CD) / (self.values_C + penalty * self.scale)[:, None]
-        return self.vectors_CC @ shrunk_CD
-
-    def errors(
-        self,
-        train: _Centred,
-        test: _Centred,
-        penalties: Sequence[float],
-        widths: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Squared error on ``test`` of the maps fitted to ``train``, (P, outputs).
-
-        For W = diag(s) A, A the rotated cross moments of the training part and s the shrinkage of
-        a penalty, the error |y|^2 - 2 tr(W' B) + tr(W' G W) needs A only in the diagonal of A B'
-        and in A A': one product each, whatever the number of penalties.
-
-        Args:
-            train: Moments that the basis is of.
-            test: Moments of what was held out, about the training part's means.
-            penalties: P of them.
-            widths: Outputs in a row whose errors are summed apart; None is all of them.
-        """
-        widths = [len(test.square_D)] if widths is None else list(widths)
-        square_W = torch.stack([part.sum() for part in torch.split(test.square_D, widths)])
-        if self.scale == 0:
-            return square_W.expand(len(penalties), -1).cpu()
-        rotate_CC = self.vectors_CC.T
-        shrink_PC = 1 / (self.values_C + self.scale * self.values_C.new_tensor(penalties)[:, None])
-        test_gram_CC = rotate_CC @ test.gram_CC @ self.vectors_CC
-        answer = []
-        for square, train_CD, test_CD in zip(
-            square_W,
-            torch.split(rotate_CC @ train.cross_CD, widths, dim=1),
-            torch.split(rotate_CC @ test.cross_CD, widths, dim=1),
-            strict=True,
-        ):
-            fitted_CC = test_gram_CC * (train_CD @ train_CD.T)
-            quadratic_P = ((shrink_PC @ fitted_CC) * shrink_PC).sum(1)
-            answer.append(square - 2 * shrink_PC @ (train_CD * test_CD).sum(1) + quadratic_P)
-        return torch.stack(answer, dim=1).cpu()

@@ -1,7 +1,13 @@
-"""Candidates as networks: scored, tried as they would be delivered, and finished for use."""
+"""Candidates as networks: scored by a proxy, cross-validated, built with all that is asked for.
+
+A candidate is built in two steps. Its stitches are fitted in closed form, joint by joint; this is
+what a proxy sees. The complete network has weights of its own, stitches fitted with the labels and
+trained further where the options say so, and a head.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -11,7 +17,10 @@ from torch import Tensor
 from dery_cli.core.cost.flops import count_flops, count_params
 from dery_cli.core.proxies import ProxyInputs
 from dery_cli.core.scoring import network_outputs, top1
-from dery_cli.core.stitching.network import AssembledNetwork
+from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.core.stitching.head import fit_head
+from dery_cli.core.stitching.match import Match, match_features
+from dery_cli.core.stitching.network import AssembledNetwork, BuiltNetwork, NetworkBuilder
 from dery_cli.core.stitching.probe import stratified_folds
 from dery_cli.data.batches import ImageStore, as_dataset
 from dery_cli.data.sets import ImageDataset
@@ -19,23 +28,102 @@ from dery_cli.errors import DeryError
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import network_memory
-from dery_cli.stages.assemble.target import DonorPool, Target
-from dery_cli.stages.assemble.workshop import Delivered, Workshop
+from dery_cli.stages.assemble.target import Target
 from dery_cli.training.evaluate import evaluate
-from dery_cli.types import BlockRef
+from dery_cli.types import BlockRef, StitchKind
+from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.plugin import Proxy
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.transforms import EvalTransform
 
-TRIAL_FOLDS = 3
-"""A finalist is made so many times, each time without one part, which it is then asked about."""
+FOLDS = 3
+"""A finalist is built so many times, each time without one part, which it is then asked about."""
 
-MIN_TRIAL_IMAGES = 40
+MIN_IMAGES = 40
 """Parts of fewer target images would tell nothing."""
 
 
-class NetworkMaker:
-    """Builds candidates on the target's images: ``score`` all, ``try_out`` some, ``finish`` few.
+@dataclasses.dataclass(frozen=True)
+class CompleteNetwork:
+    """A network as it would be written.
+
+    Args:
+        network: With a head where the target has labels, in eval mode; it shares nothing.
+        fits: For each block, how well the stitch in front of it was fitted, or None.
+        match: What training the stitches came to, where that was asked for.
+    """
+
+    network: AssembledNetwork
+    fits: tuple[StitchFit | None, ...]
+    match: Match | None
+
+
+class _FittedBuilder:
+    """Builds networks that are fitted on the images of a target, or of a part of it.
+
+    Args:
+        zoo: The donors.
+        donors: The same, dissected.
+        images: Has the target's images.
+        target: Which of them to use.
+        config: Options.
+        with_labels: Whether stitches are fitted with the labels.
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        donors: DonorPool,
+        images: ImageStore,
+        target: Target,
+        config: AssembleConfig,
+        *,
+        with_labels: bool,
+    ) -> None:
+        self._zoo, self._donors, self._images = zoo, donors, images
+        self._target, self._config = target, config
+        self._stitched = NetworkBuilder(
+            donors,
+            lambda name: self._view(name, fit=True),
+            labels=target.fit_labels if with_labels else None,
+            kind=StitchKind(config.stitch),
+            seed=config.seed,
+        )
+
+    def _view(self, donor: str, *, fit: bool = False) -> Iterable[Tensor]:
+        """The target's images as a donor sees them, all or those of fits."""
+        indices = self._target.fit_indices if fit else self._target.indices
+        return self._images.view(self._zoo[donor].input, indices)
+
+    def stitched(self, refs: Sequence[BlockRef]) -> BuiltNetwork:
+        """Blocks and fitted stitches; they may be shared with other networks of this builder."""
+        return self._stitched.build(refs)
+
+    def complete(self, refs: Sequence[BlockRef]) -> CompleteNetwork:
+        """A network of its own, with all that the options ask for."""
+        built = self.stitched(refs)
+        network = built.network.copy()
+        match = self._match(network, refs)
+        labels, num_classes = self._target.labels, self._target.num_classes
+        if labels is not None and num_classes is not None:
+            fit_head(network, self._view(refs[0].donor), labels, num_classes)
+        return CompleteNetwork(network.eval(), built.fits, match)
+
+    def _match(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> Match | None:
+        """Train the stitches to give the last donor's pre-logits, where that is asked for."""
+        if not self._config.match or not network.stitches:
+            return None
+        last = refs[-1]
+        whole = self._donors[last.donor].block(0, last.stop).eval()
+        wanted_NC = network_outputs(whole, self._view(last.donor, fit=True))
+        x_NCHW = torch.cat(list(self._view(refs[0].donor, fit=True)))
+        return match_features(
+            network, x_NCHW, wanted_NC.to(self._target.device), seed=self._config.seed
+        )
+
+
+class Builder:
+    """Builds candidates on the target's images: ``score`` all, ``cross_validate`` some, ``build``.
 
     In that order: what a step kept in memory makes room for the next.
 
@@ -57,12 +145,12 @@ class NetworkMaker:
             workers=target.workers,
         )
         # labels would flatter what is scored on the images that it was fitted on
-        self._scout: Workshop | None = self._workshop(target, with_labels=False)
-        self._final: Workshop | None = None
-        self._finished: dict[tuple[BlockRef, ...], Delivered] = {}
+        self._unlabelled: _FittedBuilder | None = self._fitted_on(target, with_labels=False)
+        self._final: _FittedBuilder | None = None
+        self._built: dict[tuple[BlockRef, ...], CompleteNetwork] = {}
 
-    def _workshop(self, target: Target, *, with_labels: bool) -> Workshop:
-        return Workshop(
+    def _fitted_on(self, target: Target, *, with_labels: bool) -> _FittedBuilder:
+        return _FittedBuilder(
             self.zoo, self.donors, self._images, target, self.config, with_labels=with_labels
         )
 
@@ -72,8 +160,8 @@ class NetworkMaker:
 
     def score(self, candidate: Candidate, proxy: Proxy) -> Scored:
         """Build a candidate with closed-form stitches, fitted without labels, and ask the proxy."""
-        assert self._scout is not None, "score everything before anything is tried or finished"
-        built = self._scout.build(candidate.refs)
+        assert self._unlabelled is not None, "score everything before anything else"
+        built = self._unlabelled.stitched(candidate.refs)
         batches = self.view(candidate.refs[0].donor)
         value = proxy(
             ProxyInputs(
@@ -87,35 +175,35 @@ class NetworkMaker:
         return Scored(candidate=candidate, proxy=score, fits=built.fits)
 
     @property
-    def can_try(self) -> bool:
+    def can_cross_validate(self) -> bool:
         """Whether there are labels, and enough images to hold some of them out."""
-        return self.target.labels is not None and len(self.target.indices) >= MIN_TRIAL_IMAGES
+        return self.target.labels is not None and len(self.target.indices) >= MIN_IMAGES
 
-    def try_out(self, candidates: Sequence[Candidate], advance: Callable[[], None]) -> list[float]:
-        """Cross-validated accuracy of each as it would be delivered, stitches and head.
+    def cross_validate(
+        self, candidates: Sequence[Candidate], advance: Callable[[], None]
+    ) -> list[float]:
+        """Accuracy of each on the target's images, all of them held out of a build in turn.
 
         What labels add to a fit counts for what it is worth on images that the fit has not seen.
 
         Args:
-            candidates: To try.
-            advance: Called after each of the ``TRIAL_FOLDS`` networks of each candidate.
+            candidates: To build, complete with stitches and head.
+            advance: Called after each of the ``FOLDS`` networks of each candidate.
         """
-        self._scout = None
+        self._unlabelled = None
         hits = [0.0] * len(candidates)
-        for made_on, asked_about in self._trials():
-            workshop = self._workshop(made_on, with_labels=True)
-            labels = asked_about.labels
-            assert labels is not None
+        for fitted_on, held_out in self._folds():
+            builder = self._fitted_on(fitted_on, with_labels=True)
+            label_N = torch.tensor(held_out.labels)
             for number, candidate in enumerate(candidates):
-                network = workshop.deliver(candidate.refs).network
+                network = builder.complete(candidate.refs).network
                 spec = self.zoo[candidate.refs[0].donor].input
-                batches = self._images.view(spec, asked_about.indices)
-                logits_NK = network_outputs(network, batches)
-                hits[number] += float(top1(logits_NK, torch.tensor(labels))) * len(labels)
+                logits_NK = network_outputs(network, self._images.view(spec, held_out.indices))
+                hits[number] += float(top1(logits_NK, label_N)) * len(label_N)
                 advance()
         return [count / len(self.target.indices) for count in hits]
 
-    def _trials(self) -> Iterator[tuple[Target, Target]]:
+    def _folds(self) -> Iterator[tuple[Target, Target]]:
         """The target without one part, and that part; classes are spread evenly over the parts."""
         fit, labels = set(self.target.fit_indices), self.target.labels
         assert labels is not None
@@ -124,36 +212,36 @@ class NetworkMaker:
             [2 * k + (i in fit) for i, k in zip(self.target.indices, labels, strict=True)]
         )
         part_of = dict(
-            zip(self.target.indices, stratified_folds(kind_N, TRIAL_FOLDS).tolist(), strict=True)
+            zip(self.target.indices, stratified_folds(kind_N, FOLDS).tolist(), strict=True)
         )
-        for part in range(TRIAL_FOLDS):
+        for part in range(FOLDS):
             yield (
                 self.target.part([index for index, of in part_of.items() if of != part]),
                 self.target.part([index for index, of in part_of.items() if of == part]),
             )
 
-    def finish(self, candidate: Candidate) -> Delivered:
+    def build(self, candidate: Candidate) -> CompleteNetwork:
         """The candidate as a network of its own; with labels in its stitches, and with a head.
 
         Without labels it has no head, and plain stitches.
         """
-        if candidate.refs not in self._finished:
+        if candidate.refs not in self._built:
             if self._final is None and self.target.labels is None:
-                self._final = self._scout
+                self._final = self._unlabelled
             elif self._final is None:
-                self._scout, self._final = None, self._workshop(self.target, with_labels=True)
+                self._unlabelled, self._final = None, self._fitted_on(self.target, with_labels=True)
             assert self._final is not None
-            self._finished[candidate.refs] = self._final.deliver(candidate.refs)
-        return self._finished[candidate.refs]
+            self._built[candidate.refs] = self._final.complete(candidate.refs)
+        return self._built[candidate.refs]
 
     def test_top1(self, candidate: Candidate) -> float | None:
-        """Of the finished network on the test images, which nothing was chosen on."""
+        """Of the complete network on the test images, which nothing was chosen on."""
         test, classes = self.target.data.test, self.target.data.classes
         if test is None or classes is None:
             return None
         transform = EvalTransform(self.zoo[candidate.refs[0].donor].input, self.target.crop)
         return evaluate(
-            self.finish(candidate).network,
+            self.build(candidate).network,
             as_dataset(ImageDataset(test, transform)),
             classes=classes,
             batch_size=self.target.batch_size,

@@ -52,8 +52,8 @@ class Scored:
         candidate: What was built.
         proxy: Its proxy's score; minus infinity where it gave none.
         fits: Of the stitches.
-        held_out: Accuracy as delivered, on target images that it was not made on; None where it was
-            not tried.
+        held_out: Cross-validated accuracy: of the complete network, on target images that it was
+            not fitted on; None where it was not asked for.
     """
 
     candidate: Candidate
@@ -85,15 +85,15 @@ class Scored:
 
 
 def ranked(scored: Sequence[Scored]) -> list[Scored]:
-    """Those that were tried by their accuracy, then the others by proxy.
+    """Those with a cross-validated accuracy by it, then the others by proxy.
 
     Ties go to the better proxy, then to the smaller network, then to the first by name.
     """
 
     def order(entry: Scored) -> tuple[float, float, int, int, str]:
         candidate = entry.candidate
-        tried = 1.0 if entry.held_out is None else -entry.held_out
-        return (tried, -entry.proxy, candidate.params, candidate.flops, str(candidate))
+        held_out = 1.0 if entry.held_out is None else -entry.held_out
+        return (held_out, -entry.proxy, candidate.params, candidate.flops, str(candidate))
 
     return sorted(scored, key=order)
 

@@ -116,7 +116,7 @@ class DonorFilter:
 
 
 FINALISTS = 8
-"""Tried by default where the proxy is the probe."""
+"""Cross-validated by default where the proxy is the probe."""
 
 MOST_JOINT_WEIGHT = 1000
 """Beyond it joints alone decide, and sums of scores in millionths would not stay exact."""
@@ -175,7 +175,7 @@ class AssembleConfig:
         check_seed(self.seed)
 
     def num_finalists(self, proxy: str) -> int:
-        """How many are tried; by default none where the proxy is one that has to be asked for."""
+        """How many are cross-validated; by default none with a proxy that has to be asked for."""
         if self.finalists is not None:
             return self.finalists
         return FINALISTS if proxy == "probe" else 0

@@ -11,7 +11,7 @@ import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from dery_cli.core.assembly.solve import Resource, peak_resources
 from dery_cli.core.cost.latency import interleaved_medians
 from dery_cli.core.cost.memory import activation_peak, weight_bytes
-from dery_cli.core.dissection.dissect import Dissection
-from dery_cli.core.stitching.network import AssembledNetwork, needs_stitch
+from dery_cli.core.stitching.network import AssembledNetwork, Donors, needs_stitch
 from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.stages.assemble.problem import PlacedBlock, node_of
 from dery_cli.types import BlockRef, Node, StitchKind
@@ -36,12 +35,6 @@ WARMUP = 3
 
 Ends = tuple[str, int, str, int]
 """A stitch: source donor and node, target donor and node."""
-
-
-class Donors(Protocol):
-    """Dissected donors by name."""
-
-    def __getitem__(self, name: str, /) -> Dissection: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.stages.assemble.build import TRIAL_FOLDS, check_size
+from dery_cli.stages.assemble.build import FOLDS, CompleteNetwork, check_size
 from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, ranked
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import PartCosts, latency_options, time_network
@@ -36,7 +36,6 @@ from dery_cli.stages.assemble.store import (
     SCORES,
 )
 from dery_cli.stages.assemble.target import Target, choose_fit
-from dery_cli.stages.assemble.workshop import Delivered
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
 from dery_cli.stages.partition.store import require_partition
 from dery_cli.types import BlockRef
@@ -266,8 +265,8 @@ def _build_assembly(
     scored, compared = _choose(terminal, assembler, problem, found, proxy_name)
     best = compared[0][1]
     rows = []
-    with terminal.progress("finishing the pick and its controls", len(compared)) as bar:
-        built = assembler.maker.finish(best.candidate)
+    with terminal.progress("building the pick and its controls", len(compared)) as bar:
+        built = assembler.builder.build(best.candidate)
         for role, entry in compared:
             rows.append(_row(assembler, role, entry))
             bar.advance()
@@ -299,7 +298,7 @@ def _build_assembly(
     return done
 
 
-def _describe(assembler: Assembler, best: Scored, built: Delivered) -> dict[str, Any]:
+def _describe(assembler: Assembler, best: Scored, built: CompleteNetwork) -> dict[str, Any]:
     """What the record says of the network itself and of what it was made for."""
     chosen, target = best.candidate, assembler.target
     return {
@@ -356,16 +355,15 @@ def _choose(
     """All candidates scored, and the pick beside what it is compared with.
 
     The proxy ranks; where the target has labels, the best of them and the controls (the best whole
-    model, a random assembly, the largest candidate) are tried as they would be delivered, which
-    decides.
+    model, a random assembly, the largest candidate) are cross-validated, which decides.
     """
-    maker, proxy = assembler.maker, find_proxy(proxy_name)
+    builder, proxy = assembler.builder, find_proxy(proxy_name)
     count = assembler.config.num_finalists(proxy_name)
     drawn = assembler.random_candidate(problem)
     with terminal.progress("building candidates", len(found) + (drawn is not None)) as bar:
         scored = []
         for candidate in [*found, *([] if drawn is None else [drawn])]:
-            scored.append(maker.score(candidate, proxy))
+            scored.append(builder.score(candidate, proxy))
             bar.advance()
     random = None if drawn is None else scored.pop()
     if not any(math.isfinite(entry.proxy) for entry in scored):
@@ -374,13 +372,13 @@ def _choose(
             "choose another --proxy, or leave it out",
         )
     largest = max(scored, key=lambda entry: entry.candidate.params)
-    if count and maker.can_try:
+    if count and builder.can_cross_validate:
         controls = [largest, *([] if random is None else [random])]
-        tried = finalists(scored, count)
-        tried += [entry for entry in controls if entry not in tried]
-        with terminal.progress("trying the best", TRIAL_FOLDS * len(tried)) as bar:
-            values = maker.try_out([entry.candidate for entry in tried], bar.advance)
-        held_out = {entry.candidate.refs: value for entry, value in zip(tried, values, strict=True)}
+        last = finalists(scored, count)
+        last += [entry for entry in controls if entry not in last]
+        with terminal.progress("cross-validating the best", FOLDS * len(last)) as bar:
+            values = builder.cross_validate([entry.candidate for entry in last], bar.advance)
+        held_out = {entry.candidate.refs: value for entry, value in zip(last, values, strict=True)}
         scored = [_with(entry, held_out) for entry in scored]
         largest = _with(largest, held_out)
         random = None if random is None else _with(random, held_out)
@@ -403,5 +401,5 @@ def _row(assembler: Assembler, role: str, entry: Scored) -> dict[str, Any]:
         "role": role,
         **entry.to_json(),
         "mean_r2": entry.r2,
-        "test_top1": assembler.maker.test_top1(entry.candidate),
+        "test_top1": assembler.builder.test_top1(entry.candidate),
     }

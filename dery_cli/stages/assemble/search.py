@@ -2,8 +2,8 @@
 
 The order is that of DESIGN.md: the program over blocks and edges gives the N best by its additive
 objective; whole models within the budget join them; every candidate is built with closed-form
-stitches and ranked by a training-free proxy. ``assemble_stage`` then tries the first of them as
-they would be delivered, which decides where the target has labels.
+stitches and ranked by a training-free proxy. ``run`` then cross-validates the first of them, which
+decides where the target has labels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dery_cli.core.assembly.solve import Assembly, AssemblyProblem, cross_check,
 from dery_cli.errors import InfeasibleError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.sizes import show_time
-from dery_cli.stages.assemble.build import NetworkMaker
+from dery_cli.stages.assemble.build import Builder
 from dery_cli.stages.assemble.candidates import Candidate
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import (
@@ -44,10 +44,11 @@ from dery_cli.stages.assemble.problem import (
     probe_nodes,
     score_joints,
 )
-from dery_cli.stages.assemble.target import DonorPool, Target
+from dery_cli.stages.assemble.target import Target
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.stages.partition.store import StoredPartition
 from dery_cli.types import BlockRef, StitchKind
+from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.whole import whole_block, whole_cost
 
@@ -88,7 +89,7 @@ class Assembler:
         self.latency: PartCosts | None = None
         self.memory: MemoryCosts | None = None
         self.stitch = StitchKind(config.stitch)
-        self.maker = NetworkMaker(zoo, self.donors, target, config)
+        self.builder = Builder(zoo, self.donors, target, config)
 
     def measure_latency(self, progress: Progress) -> PartCosts:
         """Latencies of all parts; ``latency`` must be set before a problem with such a budget."""
@@ -156,7 +157,7 @@ class Assembler:
             return None
         accuracy: dict[tuple[str, int], float] = {}
         for donor, nodes in boundary_nodes(self.blocks).items():
-            batches = iter(self.maker.view(donor))
+            batches = iter(self.builder.view(donor))
             found = probe_nodes(self.donors[donor], nodes, batches, labels, num_classes)
             accuracy.update({(donor, node): q for node, q in found.items()})
             accuracy[donor, 0] = 1 / num_classes

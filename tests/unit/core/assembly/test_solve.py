@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
+import mip
 import numpy as np
 import pytest
 
@@ -395,6 +397,24 @@ class TestTimeLimit:
         assert stopped.upper_bound >= best.score
         assert stopped.gap is None or stopped.gap >= best.score - stopped.best.score
 
+    def test_program_stopped_by_a_count_of_branches_says_the_same_again(self, monkeypatch):
+        """No clock decides: what is told of CBC is hashed into the assembly."""
+        seen = []
+        optimize = mip.Model.optimize
+
+        def counted(model, max_seconds=math.inf, max_nodes=0, **rest):
+            seen.append((max_seconds, max_nodes))
+            return optimize(model, max_seconds=max_seconds, max_nodes=max_nodes, **rest)
+
+        monkeypatch.setattr(mip.Model, "optimize", counted)
+        monkeypatch.setattr("dery_cli.core.assembly.solve._BRANCH_WORK", 1)
+        problem = random_problem(7, num_models=24, num_stages=4).without_limits()
+        problem = problem.with_limits(params=(None, 5_000_000), flops=(None, 9 * 10**9))
+        answers = [solve(problem) for _ in range(2)]
+        assert seen == [(math.inf, 1)] * 2
+        assert answers[0].status is MipStatus.STOPPED
+        assert answers[0].assembly == answers[1].assembly
+
     def test_program_stopped_at_once(self):
         problem = random_problem(7, num_models=24, num_stages=4).without_limits()
         problem = problem.with_limits(params=(None, 5_000_000), flops=(None, 9 * 10**9))
@@ -456,8 +476,8 @@ class TestCrossCheck:
         assert "4 edges are left" in cross_check(answer, n_best(problem, 1)).reason
 
     def test_time_limits_are_no_disagreement(self):
-        slow = self.answer(4_000, status=MipStatus.TIME_LIMIT)
-        assert "CBC ran out of time" in cross_check(slow, self.result(5_000)).reason
+        slow = self.answer(4_000, status=MipStatus.STOPPED)
+        assert "CBC stopped at its limit" in cross_check(slow, self.result(5_000)).reason
         unproven = self.result(5_000, complete=False, upper_bound=9_000)
         agreement = cross_check(self.answer(6_000), unproven)
         assert agreement.agrees

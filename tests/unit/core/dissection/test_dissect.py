@@ -396,3 +396,72 @@ def test_the_model_is_left_untouched() -> None:
     assert model.training
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Scaled(nn.Module):
+    """Two residual units; ``step`` draws a number on which the root's own code depends."""
+
+    def __init__(self, step) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(Residual(8) for _ in range(2))
+        self.head = nn.Linear(8, 4)
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](self.stem(x))
+        x = torch.roll(functional.relu(x), self.step(x.shape[0], self.training), 3)
+        return self.head(self.blocks[1](x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda n, training: 3 if training else 2,  # differs by one image, in the old way of reading
+        lambda n, training: 2 * n - 1,
+        lambda n, training: n if training else 2,
+        lambda n, training: 3 if training else n + 1,
+    ],
+    ids=["mode", "batch", "batch in training", "batch in evaluation"],
+)
+@torch.no_grad()
+def test_a_number_that_follows_the_mode_is_told_from_one_that_follows_the_batch(step) -> None:
+    torch.manual_seed(0)
+    model = Scaled(step).eval()
+    whole = dissect(model, torch.empty(1, 3, 8, 8)).block(0, 2)
+    for training in (False, True):
+        model.train(training)
+        whole.train(training)
+        for n in (1, 2, 4, 7):
+            images = torch.randn(n, 3, 8, 8)
+            assert torch.equal(model.head(whole(images)), model(images)), (training, n)
+
+
+@pytest.mark.parametrize(
+    ("step", "shown"),
+    [
+        (lambda n, training: n * n, "4 for 2 images"),
+        (lambda n, training: min(n, 2), "1 for 1 image, 2 for 2 images"),
+        (lambda n, training: n * n if training else 0, "25 for 5 images in training mode"),
+        (lambda n, training: min(n, 4) if training else n, "4 for 5 images in training mode"),
+    ],
+)
+def test_a_number_that_no_line_explains_is_refused(step, shown) -> None:
+    model = Scaled(step)
+    for whole in (False, True):
+        with pytest.raises(DissectError, match="Scaled depends on the batch size") as error:
+            dissect(model, torch.empty(1, 3, 8, 8), whole=whole)
+        assert "roll is given" in error.value.message
+        assert shown in error.value.message
+
+
+def test_a_model_that_trains_otherwise_trains_as_it_evaluates() -> None:
+    class Noisy(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            return x + torch.randn_like(x) if self.training else x
+
+    model = Noisy(lambda n, training: 2 * n).eval()
+    whole = dissect(model, torch.empty(1, 3, 8, 8)).block(0, 2)
+    images = torch.randn(5, 3, 8, 8)
+    assert torch.equal(model.head(whole(images)), model(images))

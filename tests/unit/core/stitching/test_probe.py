@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dery_cli.core.stitching.probe import fit_classifier, probe_accuracy, stratified_folds
+from dery_cli.core.stitching.fit import fit_stitch
+from dery_cli.core.stitching.probe import (
+    HeldOut,
+    fit_classifier,
+    outside_folds,
+    probe_accuracy,
+    stratified_folds,
+)
+from dery_cli.core.stitching.stitch import Stitch
+from dery_cli.types import Layout, Node
 
 
 def test_folds_are_balanced_within_every_class():
@@ -62,3 +72,55 @@ def test_the_temperature_gives_the_lowest_held_out_cross_entropy():
     scores = feature[:, None].double() @ fitted.weight_CD + fitted.bias_D
     losses = [float(cross_entropy(scores * factor, label)) for factor in (0.97, 1.0, 1.03)]
     assert losses[1] < min(losses[0], losses[2])
+
+
+NODE = Node(index=1, name="node", layout=Layout.NCHW, shape=(60, 1, 1), grid=(1, 1))
+WITHOUT_MEANING = torch.arange(120) % 4
+
+
+def _noise_features(known_N: torch.Tensor) -> torch.Tensor:
+    """Noise through a stitch that was fitted with the (meaningless) labels of some images."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(120, 60, 1, 1, generator=generator) for _ in range(2))
+    stitch = Stitch(NODE, NODE)
+    pairs = [(x[known_N], y[known_N])]
+    labels = WITHOUT_MEANING[known_N].tolist()
+    fit_stitch(stitch, lambda: pairs, labels=labels, class_weight=8.0)
+    with torch.no_grad():
+        return stitch(x).flatten(1)
+
+
+def test_what_is_said_of_labels_without_meaning_is_chance_where_they_were_held_out():
+    label_N = WITHOUT_MEANING
+    every_N = torch.ones(120, dtype=torch.bool)
+    x_NC = _noise_features(every_N)
+    flattered = fit_classifier(x_NC, label_N, 4)
+    assert flattered.accuracy > 0.6  # the stitch has seen every label
+    fold_N = stratified_folds(label_N, 3)
+    crossed = [HeldOut(_noise_features(fold_N != fold), fold_N == fold) for fold in range(3)]
+    honest = fit_classifier(x_NC, label_N, 4, held_out=crossed)
+    assert honest.accuracy < 0.25 + 3 * (0.25 * 0.75 / 120) ** 0.5
+    outside_N = fold_N == 2
+    x_NC = _noise_features(~outside_N)
+    outside = fit_classifier(
+        x_NC, label_N, 4, held_out=outside_folds(x_NC, label_N, outside_N, folds=4)
+    )
+    assert outside.accuracy < 0.25 + 3 * (0.25 * 0.75 / 40) ** 0.5
+
+
+def test_folds_of_all_images_are_the_cross_validation_itself():
+    label_N = torch.arange(90) % 3
+    x_NC = torch.randn(90, 8, generator=torch.Generator().manual_seed(4))
+    x_NC[:, 0] += label_N
+    parts = outside_folds(x_NC, label_N, torch.ones(90, dtype=torch.bool))
+    one, other = fit_classifier(x_NC, label_N, 3), fit_classifier(x_NC, label_N, 3, held_out=parts)
+    assert one.accuracy == other.accuracy
+    assert torch.equal(one.weight_CD, other.weight_CD)
+    assert torch.equal(one.bias_D, other.bias_D)
+
+
+def test_nothing_held_out_is_an_error():
+    x_NC, label_N = torch.randn(12, 3), torch.arange(12) % 2
+    none = torch.zeros(12, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no sample was held out"):
+        fit_classifier(x_NC, label_N, 2, held_out=outside_folds(x_NC, label_N, none))

@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from dery_cli.core.cost.flops import count_flops, count_params
-from dery_cli.core.stitching.fit import fit_stitch, reestimate_batch_norm
+from dery_cli.core.stitching.fit import (
+    FIT_POSITIONS,
+    fit_stitch,
+    reestimate_batch_norm,
+    spread_positions,
+)
 from dery_cli.core.stitching.stitch import (
     Stitch,
     join_tokens,
@@ -179,6 +184,35 @@ def test_a_stitch_without_tokens_says_nothing_of_positions():
     x = torch.randn(20, *SOURCES[0].shape)
     y = torch.randn(20, *TARGETS[0].shape)
     assert fit_stitch(Stitch(SOURCES[0], TARGETS[0]), lambda: [(x, y)]).position is None
+
+
+@pytest.mark.parametrize(
+    "grid", [(56, 56), (28, 28), (15, 14), (17, 53), (112, 112), (400, 1), (1, 400), (98, 3)]
+)
+def test_a_thinned_grid_falls_on_every_row_and_column_alike(grid):
+    kept = spread_positions(grid, FIT_POSITIONS)
+    assert len(set(kept)) == len(kept) == FIT_POSITIONS
+    assert kept == sorted(kept)
+    assert kept[-1] < grid[0] * grid[1]
+    roomy = min(grid) > 14  # elsewhere points that meet have to move
+    rows, columns = torch.tensor(kept) // grid[1], torch.tensor(kept) % grid[1]
+    for lines, side in ((rows, grid[0]), (columns, grid[1])):
+        counts = torch.bincount(lines, minlength=side)
+        assert int(counts.max() - counts.min()) <= (1 if roomy else 2)
+    if roomy:  # and on every ninth of the map
+        ninth = torch.bincount(rows * 3 // grid[0] * 3 + columns * 3 // grid[1], minlength=9)
+        assert 9 * int(ninth.min()) / FIT_POSITIONS > 0.6
+        assert 9 * int(ninth.max()) / FIT_POSITIONS < 1.4
+
+
+def test_a_pattern_of_columns_does_not_mislead_the_fit_of_a_large_grid():
+    """y = x in every eighth column and -x elsewhere: the best factor is -3/4."""
+    place = node("NCHW", 1, (56, 56))
+    x = torch.randn(40, 1, 56, 56, generator=torch.Generator().manual_seed(0))
+    y = torch.where(torch.arange(56) % 8 == 0, x, -x)
+    stitch = Stitch(place, place)
+    fit_stitch(stitch, lambda: [(x, y)])
+    assert float(stitch.output.weight.detach()) == pytest.approx(-0.75, abs=0.08)
 
 
 def test_resampling_averages_down_and_interpolates_up():

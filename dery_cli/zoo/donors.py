@@ -1,0 +1,22 @@
+"""The donors of a zoo as dissected models on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from dery_cli.core.dissection.dissect import Dissection
+from dery_cli.io.artifacts import Workspace
+from dery_cli.zoo.registry import Zoo, load_donor
+
+
+class DonorPool:
+    """Donors built and dissected on one device, each when it is first asked for."""
+
+    def __init__(self, zoo: Zoo, workspace: Workspace, device: torch.device) -> None:
+        self._zoo, self._workspace, self._device = zoo, workspace, device
+        self._loaded: dict[str, Dissection] = {}
+
+    def __getitem__(self, name: str) -> Dissection:
+        if name not in self._loaded:
+            self._loaded[name] = load_donor(self._zoo[name], self._workspace, device=self._device)
+        return self._loaded[name]
