@@ -213,7 +213,11 @@ def read_network(record_path: Path, kind: Kind) -> LoadedAssembly:
     """The network of an assembly's or a run's record; otherwise as ``load_assembly``."""
     hint = made_by(record_path, kind)
     opened = open_artifact(
-        record_path, kind, missing=f"there is no {record_path}", hint=hint, only=(MODEL_FILE,)
+        record_path,
+        kind,
+        missing=f"no {kind.name} in {record_path.parent}",
+        hint=hint,
+        only=(MODEL_FILE,),
     )
     _check_head(opened)
     try:

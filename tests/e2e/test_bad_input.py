@@ -91,7 +91,7 @@ def test_usage_errors_exit_2_and_touch_nothing(dery, tmp_path, line, message, hi
         ("sim", "the zoo in .dery is empty"),
         ("partition", "the zoo in .dery is empty"),
         ("assemble", "the zoo in .dery is empty"),
-        ("finetune", "no assembly or finished run"),
+        ("finetune", "no assembly in .dery/assemblies/default"),
         ("eval", "no run or assembly 'default'"),
     ],
 )

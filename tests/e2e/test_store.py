@@ -1,4 +1,4 @@
-"""The workspace's files through the real commands: damage is named, and the named command repairs."""
+"""The workspace's files through the real commands: the command that damage names repairs it."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_workspace_that_cannot_be_written_with_a_pending_record_is_read(root, 
 
 
 def test_damaged_parts_of_an_unfinished_run_are_left_behind(root, small):
-    """``run.json`` is gone, as after a kill: the same command goes on, or begins anew and says so."""
+    """``run.json`` is gone, as after a kill: the same command goes on, or says it begins anew."""
     folder = root / "runs" / "default"
     for damage, told in (
         (lambda: (folder / "metrics.jsonl").open("ab").write(b"\xff\n"), "is damaged in line 3"),
