@@ -331,7 +331,7 @@ def test_two_runs_on_one_folder(copied, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(copied, tmp_path):
-    line = "--steps 9 --report-every 1 --lr 1e18 --clip-grad 0 --warmup 0 --name wild"
+    line = "--steps 9 --report-every 1 --lr 2e9 --clip-grad 0 --warmup 0 --name wild"
     error = refused(copied, line, 1)
     step = error["details"]["step"]
     assert f"at update {step} of 9" in error["message"]
@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_names_the_update_and_the_checkpoint(copied, t
 
 @pytest.mark.parametrize(("fraction", "what"), [("0", "test"), ("0.2", "validation")])
 def test_finite_weights_whose_loss_is_not_are_no_result(copied, tmp_path, fraction, what):
-    line = f"--steps 1 --lr 1e30 --clip-grad 0 --warmup 0 --valid-fraction {fraction} --name wild"
+    line = f"--steps 1 --lr 2e9 --clip-grad 0 --warmup 0 --valid-fraction {fraction} --name wild"
     error = refused(copied, line, 1)
     assert error["message"].startswith(f"after 1 updates the loss on the {what} images is ")
     assert "--lr" in error["hint"]
