@@ -296,11 +296,19 @@ class Donor:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class BlockRef:
-    """The stretch of ``donor`` between nodes ``start`` and ``stop``."""
+    """The stretch of ``donor`` between nodes ``start`` and ``stop``.
+
+    Args:
+        donor: Its name.
+        start: Node it begins at.
+        stop: Node it ends at.
+        adapter: Whether a stitch is in front although it follows on the block before.
+    """
 
     donor: str
     start: int
     stop: int
+    adapter: bool = False
 
     def __str__(self) -> str:
         return f"{self.donor}[{self.start}:{self.stop}]"

@@ -1,4 +1,4 @@
-"""Why no assembly fits: which limit is broken by how little, or what stages and sets admit.
+"""Why no assembly fits: the limit broken by least, the wish that admits none, or what is missing.
 
 Every figure comes from the exact search on the problem with one thing changed.
 """
@@ -9,11 +9,17 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, recount
+from dery_cli.core.assembly.problem import (
+    Assembly,
+    AssemblyProblem,
+    Filter,
+    Requirement,
+    recount,
+)
 from dery_cli.core.assembly.search import n_best
 from dery_cli.errors import InfeasibleError
 
@@ -114,11 +120,12 @@ class Infeasibility:
 
     Args:
         cause: ``candidates`` (a stage or set has none), ``sets`` (stages and sets do not match),
-            ``edges`` (blocks that match are not joined), ``filters``, ``donors`` or ``budgets``.
+            ``edges`` (blocks that match are not joined), ``filters`` (these and requirements),
+            ``donors`` or ``budgets``.
         sentences: The explanation in words, most important first.
         hint: What would fit.
         limits: One report for each budget; empty unless the cause is budgets.
-        candidates_KS: Allowed candidate blocks of each stage and set.
+        candidates_KS: Allowed candidate blocks of each stage and set; empty without sets.
         closest: An assembly that breaks as little as possible, if the cause is budgets.
         proven: False if time ran out before it was certain that nothing fits.
     """
@@ -176,9 +183,9 @@ def explain(problem: AssemblyProblem, *, max_seconds: float | None = None) -> In
         return dataclasses.replace(verdict, proven=found.complete)
     if _admits(dataclasses.replace(free, max_donors=None), clock):
         return _explain_donors(free, clock)
-    unfiltered = dataclasses.replace(free, filters=(), max_donors=None)
-    if problem.filters and _admits(unfiltered, clock):
-        return _explain_filters(problem, clock)
+    unfiltered = dataclasses.replace(free, filters=(), requirements=(), max_donors=None)
+    if (problem.filters or problem.requirements) and _admits(unfiltered, clock):
+        return _explain_wishes(problem, clock)
     return _explain_structure(unfiltered)
 
 
@@ -186,7 +193,24 @@ def _admits(problem: AssemblyProblem, clock: _Clock) -> bool:
     return n_best(problem, 1, max_seconds=clock.left()).best is not None
 
 
+Wish = Filter | Requirement
+
+
+def _wishes(problem: AssemblyProblem) -> list[Wish]:
+    return [*problem.filters, *problem.requirements]
+
+
+def _with_wishes(problem: AssemblyProblem, wishes: Sequence[Wish]) -> AssemblyProblem:
+    return dataclasses.replace(
+        problem,
+        filters=tuple(w for w in wishes if isinstance(w, Filter)),
+        requirements=tuple(w for w in wishes if isinstance(w, Requirement)),
+    )
+
+
 def _candidates(problem: AssemblyProblem) -> tuple[tuple[int, ...], ...]:
+    if not problem.num_sets:
+        return ()
     table_KS = np.zeros((problem.num_stages, problem.num_sets), dtype=np.int64)
     allowed_B = problem.allowed_B
     np.add.at(table_KS, (problem.stage_B[allowed_B], problem.set_B[allowed_B]), 1)
@@ -195,6 +219,8 @@ def _candidates(problem: AssemblyProblem) -> tuple[tuple[int, ...], ...]:
 
 def _explain_structure(problem: AssemblyProblem) -> Infeasibility:
     table = _candidates(problem)
+    if not problem.num_sets:
+        return _structural("edges", ["the donors offer no path that may be used"], table)
     empty = [k + 1 for k, row in enumerate(table) if not any(row)]
     if empty:
         sentences = [f"{_listed('stage', empty)} without a candidate block"]
@@ -220,37 +246,44 @@ def _structural(
     return Infeasibility(
         cause=cause,
         sentences=tuple(sentences),
-        hint="make another partition (dery partition with another --seed or --eps), or add donors",
+        hint="add donors"
+        if not table
+        else "make another partition (dery partition with another --seed or --eps), or add donors",
         limits=(),
         candidates_KS=table,
     )
 
 
-def _explain_filters(problem: AssemblyProblem, clock: _Clock) -> Infeasibility:
-    """Which filters leave nothing: each one alone, and each one dropped."""
+def _explain_wishes(problem: AssemblyProblem, clock: _Clock) -> Infeasibility:
+    """Which wishes leave nothing: each one alone, and each one dropped."""
     table = _candidates(problem)
     free = dataclasses.replace(problem.without_limits(), max_donors=None)
+    wishes = _wishes(problem)
+    names = " ".join(wish.name for wish in wishes)
     sentences = []
     empty = [k + 1 for k, row in enumerate(table) if not any(row)]
-    names = " ".join(f.name for f in problem.filters)
     if empty:
         sentences.append(f"{names} leaves {_listed('stage', empty)} without a candidate block")
     empty = [s + 1 for s, column in enumerate(zip(*table, strict=True)) if not any(column)]
     if empty and problem.num_sets == problem.num_stages:
         sentences.append(f"{names} leaves {_listed('set', empty)} empty")
+    alone = [wish.name for wish in wishes if not _admits(_with_wishes(free, [wish]), clock)]
     if not sentences:
-        sentences.append(f"what {names} leaves admits no assembly")
+        named = alone[:1] or [names]
+        sentences.append(f"no assembly satisfies {named[0]}")
     enough = []
-    for dropped in problem.filters:
-        kept = tuple(f for f in problem.filters if f is not dropped)
-        left = int(dropped.allowed_B.sum())
-        helps = _admits(dataclasses.replace(free, filters=kept), clock)
+    for dropped in wishes:
+        kept = [wish for wish in wishes if wish is not dropped]
+        helps = _admits(_with_wishes(free, kept), clock)
         enough += [dropped.name] if helps else []
-        sentences.append(
-            f"{dropped.name} allows {left} of {problem.num_blocks} blocks; "
-            f"without it {'an assembly exists' if helps else 'there is still none'}"
-        )
-    hint = f"drop or widen {enough[0]}" if enough else f"drop or widen {names}"
+        share = ""
+        if table and isinstance(dropped, Filter) and dropped.allowed_B is not None:
+            left = int(dropped.allowed_B.sum())
+            share = f"{dropped.name} allows {left} of {problem.num_blocks} blocks; "
+        left_out = "it" if share else dropped.name
+        verdict = "an assembly exists" if helps else "there is still none"
+        sentences.append(f"{share}without {left_out} {verdict}")
+    hint = f"drop or widen {(enough or alone or [names])[0]}"
     return Infeasibility(
         cause="filters", sentences=tuple(sentences), hint=hint, limits=(), candidates_KS=table
     )
@@ -260,7 +293,7 @@ def _explain_donors(problem: AssemblyProblem, clock: _Clock) -> Infeasibility:
     assert problem.max_donors is not None
     enough = next(
         count
-        for count in range(problem.max_donors + 1, problem.num_stages + 1)
+        for count in range(problem.max_donors + 1, problem.num_stages + 1)  # never more
         if count == problem.num_stages
         or _admits(dataclasses.replace(problem, max_donors=count), clock)
     )
@@ -340,9 +373,9 @@ def _budget_verdict(
 def _without_wishes(problem: AssemblyProblem, clock: _Clock) -> list[str]:
     """Which filters, or the limit on donors, keep an assembly within budget out."""
     sentences = []
-    for dropped in problem.filters:
-        kept = tuple(f for f in problem.filters if f is not dropped)
-        if _admits(dataclasses.replace(problem, filters=kept), clock):
+    for dropped in _wishes(problem):
+        kept = [wish for wish in _wishes(problem) if wish is not dropped]
+        if _admits(_with_wishes(problem, kept), clock):
             sentences.append(f"without {dropped.name} an assembly fits every budget")
     if problem.max_donors is not None and _admits(
         dataclasses.replace(problem, max_donors=None), clock

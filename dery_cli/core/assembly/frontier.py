@@ -99,8 +99,7 @@ def pareto(
 def _largest(problem: AssemblyProblem, index: int) -> int:
     """The maximum of a resource, or what no assembly exceeds."""
     resource = problem.resources[index]
-    most = sum(int(cost.max()) if cost.size else 0 for cost in (resource.cost_B, resource.cost_E))
-    most = max(1, most * problem.num_stages)
+    most = max(1, problem.max_total(resource.cost_B, resource.cost_E))
     return most if resource.maximum is None else min(most, resource.maximum)
 
 

@@ -1,7 +1,7 @@
 """The layered graph of an assembly problem, and linear bounds on its paths.
 
-A state is a block together with the equivalence sets used so far, so a path through the states is
-an assembly that keeps the set constraint; only budgets and the number of donors remain. All that a
+A state is a block together with the equivalence sets used and the requirements fulfilled so far, so
+a path through the states keeps these; only budgets and the number of donors remain. All that a
 search needs to know about the rest of a path is then a longest path, one vectorised pass.
 
 Legend: Q quantities (0 is the value, then the resources), T transitions between the states of two
@@ -56,10 +56,10 @@ class LayeredGraph:
     Args:
         block_LS: For each layer, the block of each state.
         mask_LS: For each layer, the bit of the state's own set (``tracked`` False), or the bits of
-            all sets used up to there (True).
+            all sets used and all requirements fulfilled up to there (True).
         transitions: K - 1 of them.
         start_QS: Quantities of the first layer's blocks.
-        tracked: Whether states remember the used sets.
+        tracked: Whether states remember the used sets and the fulfilled requirements.
     """
 
     block_LS: tuple[IntArray, ...]
@@ -107,16 +107,9 @@ def value_scale(problem: AssemblyProblem) -> int:
     """
     if not problem.resources:
         return 1
-    score = max_total(problem, problem.score_B, problem.score_E)
-    cost = max_total(problem, problem.resources[0].cost_B, problem.resources[0].cost_E)
+    score = problem.max_total(problem.score_B, problem.score_E)
+    cost = problem.max_total(problem.resources[0].cost_B, problem.resources[0].cost_E)
     return cost + 1 if (score + 1) * (cost + 1) < 2**54 else 1
-
-
-def max_total(problem: AssemblyProblem, per_B: IntArray, per_E: IntArray) -> int:
-    """No assembly's total of this quantity is above it in absolute value."""
-    block = int(np.abs(per_B).max()) if per_B.size else 0
-    edge = int(np.abs(per_E).max()) if per_E.size else 0
-    return problem.num_stages * (block + edge)
 
 
 def quantities(problem: AssemblyProblem) -> tuple[IntArray, IntArray]:
@@ -137,13 +130,15 @@ def build(
 
     Args:
         problem: Blocks and edges.
-        tracked: Whether states remember the used sets; without, set repeats are not excluded.
+        tracked: Whether states remember the used sets and what is fulfilled of the requirements;
+            without, set repeats are not excluded and nothing is required.
         keep_E: Edges to use, all if None.
     """
     amount_QB, amount_QE = quantities(problem)
     allowed_B = problem.allowed_B
-    bit_B = np.left_shift(np.int64(1), problem.set_B)
-    usable_E = allowed_B[problem.src_E] & allowed_B[problem.dst_E]
+    bit_B, given_E = problem.set_bit_B, problem.given_bits_E
+    num_bits, required = problem.num_bits, problem.required_bits
+    usable_E = problem.allowed_E
     if keep_E is not None:
         usable_E &= keep_E
     stage_E = np.where(usable_E, problem.stage_B[problem.src_E], -1)
@@ -162,11 +157,13 @@ def build(
         if tracked:
             fits_T = (mask_S[src_T] & bit_B[dst_block_T]) == 0
             src_T, edge_T, dst_block_T = src_T[fits_T], edge_T[fits_T], dst_block_T[fits_T]
-            mask_T = mask_S[src_T] | bit_B[dst_block_T]
-            key_S, dst_T = np.unique(
-                (dst_block_T << problem.num_sets) | mask_T, return_inverse=True
-            )
-            block_S, mask_S = key_S >> problem.num_sets, key_S & ((1 << problem.num_sets) - 1)
+            mask_T = mask_S[src_T] | bit_B[dst_block_T] | given_E[edge_T]
+            if stage == problem.num_stages - 2:
+                done_T = (mask_T & required) == required
+                src_T, edge_T = src_T[done_T], edge_T[done_T]
+                dst_block_T, mask_T = dst_block_T[done_T], mask_T[done_T]
+            key_S, dst_T = np.unique((dst_block_T << num_bits) | mask_T, return_inverse=True)
+            block_S, mask_S = key_S >> num_bits, key_S & ((1 << num_bits) - 1)
         else:
             block_S, dst_T = np.unique(dst_block_T, return_inverse=True)
             mask_S = bit_B[block_S]

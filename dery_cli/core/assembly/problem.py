@@ -1,10 +1,12 @@
-"""The assembly problem (Eq. 8-11 of Deep Model Reassembly) as integers, and its answers.
+"""The assembly problem (Eq. 8-11 of Deep Model Reassembly, and beyond) as integers, with answers.
 
-Legend: B candidate blocks, E edges between blocks of consecutive stages, K blocks of an assembly.
+Legend: B blocks, E edges between blocks of consecutive stages, K stages.
 
-An assembly is a path: one block of every stage, all of different equivalence sets, consecutive ones
-joined by an edge. Scores are integers in millionths, resources (params, multiply-adds, ...) are
-integers in their own unit, so sums and comparisons are exact. There are no models here.
+An assembly is a path: one block of every stage, consecutive ones joined by an edge. In the paper's
+space blocks are the partition's, and no two of a path are of one equivalence set. In the free space
+blocks are nodes of the donors, there are no sets, and edges are segments and stitches: ``paths``
+lays it out so. Scores are integers in millionths, resources (params, multiply-adds, ...) integers
+in their own unit, so sums and comparisons are exact. There are no models here.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 MAX_SETS = 40
+"""More would not fit the bits of a state; the same for sets and requirements together."""
 _INT_LIMIT = 2**53
 
 
@@ -124,16 +128,31 @@ def check_limits(name: str, minimum: int | None, maximum: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockFilter:
-    """A wish that leaves some blocks out, kept by name so that it can be explained.
+class Filter:
+    """A wish that leaves some blocks or edges out, kept by name so that it can be explained.
 
     Args:
         name: As the user gave it, ``--license apache-2.0``.
-        allowed_B: True for the blocks that may be used.
+        allowed_B: True for the blocks that may be used; None for all.
+        allowed_E: True for the edges that may be used; None for all.
     """
 
     name: str
-    allowed_B: BoolArray
+    allowed_B: BoolArray | None = None
+    allowed_E: BoolArray | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """A wish that an assembly fulfils if one of its edges does.
+
+    Args:
+        name: As the user gave it, ``--require resnext[3:5]``.
+        gives_E: True for the edges that fulfil it.
+    """
+
+    name: str
+    gives_E: BoolArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,17 +161,18 @@ class AssemblyProblem:
 
     Args:
         num_stages: K, the blocks of an assembly.
-        num_sets: Equivalence sets; an assembly uses each at most once.
+        num_sets: Equivalence sets; an assembly uses each at most once. 0 where there are none.
         stage_B: 0-based stage of each candidate block.
-        set_B: 0-based equivalence set of each block.
-        donor_B: Number of the donor of each block.
+        set_B: 0-based equivalence set of each block, -1 for a block of none.
+        donor_B: Number of the donor of each block, -1 for what is of none.
         score_B: Score of each block in millionths.
         src_E: First block of each edge.
         dst_E: Second block of each edge, one stage later.
         score_E: Score of each edge in millionths.
         resources: Params first, then FLOPs, then any other; ties in score go to the cheaper, in
             this order.
-        filters: Only blocks that all of them allow are used.
+        filters: Only what all of them allow is used.
+        requirements: All are fulfilled.
         max_donors: Greatest number of different donors, or None.
 
     Raises:
@@ -170,7 +190,8 @@ class AssemblyProblem:
     dst_E: IntArray
     score_E: IntArray
     resources: tuple[Resource, ...]
-    filters: tuple[BlockFilter, ...] = ()
+    filters: tuple[Filter, ...] = ()
+    requirements: tuple[Requirement, ...] = ()
     max_donors: int | None = None
 
     def __post_init__(self) -> None:
@@ -180,39 +201,51 @@ class AssemblyProblem:
             object.__setattr__(self, field, int(getattr(self, field)))
         object.__setattr__(self, "resources", tuple(self.resources))
         object.__setattr__(self, "filters", tuple(self.filters))
+        object.__setattr__(self, "requirements", tuple(self.requirements))
         if self.max_donors is not None and self.max_donors < 1:
             raise UsageError(
                 f"--max-donors {self.max_donors} leaves no donor", "give --max-donors at least 1"
             )
-        if not 1 <= self.num_sets <= MAX_SETS:
-            raise UsageError(f"{self.num_sets} equivalence sets; 1 to {MAX_SETS} are supported")
+        if not 0 <= self.num_sets <= MAX_SETS - len(self.requirements):
+            raise UsageError(
+                f"{self.num_sets} equivalence sets and {len(self.requirements)} requirements; "
+                f"up to {MAX_SETS} together are supported"
+            )
         if self.num_stages < 1:
             raise UsageError(
                 f"an assembly of {self.num_stages} blocks makes no sense", "use -K 1 or more"
             )
         num_blocks, num_edges = len(self.stage_B), len(self.src_E)
-        by_block = [self.set_B, self.donor_B, self.score_B, *(r.cost_B for r in self.resources)]
-        by_filter = [f.allowed_B for f in self.filters]
-        by_edge = [self.dst_E, self.score_E, *(r.cost_E for r in self.resources)]
-        if any(len(a) != num_blocks for a in by_block + by_filter) or any(
-            len(a) != num_edges for a in by_edge
-        ):
+        by_block: list[npt.NDArray[Any]] = [self.set_B, self.donor_B, self.score_B, *(r.cost_B for r in self.resources)]
+        by_block += [f.allowed_B for f in self.filters if f.allowed_B is not None]
+        by_edge: list[npt.NDArray[Any]] = [self.dst_E, self.score_E, *(r.cost_E for r in self.resources)]
+        by_edge += [f.allowed_E for f in self.filters if f.allowed_E is not None]
+        by_edge += [r.gives_E for r in self.requirements]
+        if any(len(a) != num_blocks for a in by_block) or any(len(a) != num_edges for a in by_edge):
             raise ValueError("arrays over blocks (or over edges) differ in length")
         if len({r.name for r in self.resources}) != len(self.resources):
             raise ValueError("two resources have one name")
         _in_range(self.stage_B, self.num_stages, "stage_B")
-        _in_range(self.set_B, self.num_sets, "set_B")
+        _in_range(self.set_B, self.num_sets, "set_B", least=-1)
         _in_range(self.src_E, num_blocks, "src_E")
         _in_range(self.dst_E, num_blocks, "dst_E")
         if not np.array_equal(self.stage_B[self.dst_E], self.stage_B[self.src_E] + 1):
             raise ValueError("an edge does not join consecutive stages")
         for name, block, edge in self._summed():
-            if self.num_stages * (_max_abs(block) + _max_abs(edge)) > _INT_LIMIT:
+            if self.max_total(block, edge) > _INT_LIMIT:
                 raise UsageError(f"{name}: totals reach 2^53, beyond what is counted exactly")
 
     def _summed(self) -> list[tuple[str, IntArray, IntArray]]:
         resources = [(r.name, r.cost_B, r.cost_E) for r in self.resources]
         return [("score", self.score_B, self.score_E), *resources]
+
+    def max_total(self, per_B: IntArray, per_E: IntArray) -> int:
+        """No assembly's total of a quantity is above this in absolute value."""
+        most_K = np.zeros(self.num_stages, dtype=np.int64)
+        np.maximum.at(most_K, self.stage_B, np.abs(per_B))
+        joint_K = np.zeros(self.num_stages, dtype=np.int64)
+        np.maximum.at(joint_K, self.stage_B[self.src_E], np.abs(per_E))
+        return sum(most_K.tolist()) + sum(joint_K.tolist())
 
     @property
     def num_blocks(self) -> int:
@@ -226,9 +259,44 @@ class AssemblyProblem:
     def allowed_B(self) -> BoolArray:
         """The blocks that every filter allows."""
         allowed_B: BoolArray = np.ones(self.num_blocks, dtype=bool)
-        for block_filter in self.filters:
-            allowed_B = allowed_B & block_filter.allowed_B
+        for wish in self.filters:
+            if wish.allowed_B is not None:
+                allowed_B = allowed_B & wish.allowed_B
         return allowed_B
+
+    @property
+    def allowed_E(self) -> BoolArray:
+        """The edges that every filter allows, their blocks included."""
+        allowed_B = self.allowed_B
+        allowed_E: BoolArray = allowed_B[self.src_E] & allowed_B[self.dst_E]
+        for wish in self.filters:
+            if wish.allowed_E is not None:
+                allowed_E &= wish.allowed_E
+        return allowed_E
+
+    @property
+    def num_bits(self) -> int:
+        """Of a state: one a set, then one a requirement."""
+        return self.num_sets + len(self.requirements)
+
+    @property
+    def set_bit_B(self) -> IntArray:
+        """The bit of each block's set, 0 for a block of none."""
+        bit_B = np.left_shift(np.int64(1), np.maximum(self.set_B, 0))
+        return np.where(self.set_B < 0, 0, bit_B)
+
+    @property
+    def given_bits_E(self) -> IntArray:
+        """The bits of the requirements that each edge fulfils."""
+        bits_E = np.zeros(self.num_edges, dtype=np.int64)
+        for number, requirement in enumerate(self.requirements, start=self.num_sets):
+            bits_E |= np.where(requirement.gives_E, np.int64(1) << number, 0)
+        return bits_E
+
+    @property
+    def required_bits(self) -> int:
+        """The bits of all requirements."""
+        return (1 << self.num_bits) - (1 << self.num_sets)
 
     def total(self, option: str, costs: Sequence[int]) -> int | None:
         """Of an assembly's costs what counts against an option; None where there is none."""
@@ -307,12 +375,22 @@ def recount(problem: AssemblyProblem, blocks: Sequence[int], edges: Sequence[int
 def violations(problem: AssemblyProblem, assembly: Assembly) -> list[str]:
     """What of the problem an assembly breaks, in words; empty if nothing."""
     found = []
-    if not problem.allowed_B[list(assembly.blocks)].all():
-        found.append("a filter leaves one of its blocks out")
-    sets = [int(problem.set_B[b]) for b in assembly.blocks]
+    allowed = all(
+        (f.allowed_B is None or f.allowed_B[list(assembly.blocks)].all())
+        and (f.allowed_E is None or f.allowed_E[list(assembly.edges)].all())
+        for f in problem.filters
+    )
+    if not allowed:
+        found.append("a filter leaves one of its parts out")
+    sets = [int(problem.set_B[b]) for b in assembly.blocks if problem.set_B[b] >= 0]
     if len(set(sets)) < len(sets):
         found.append(f"sets {sets} repeat")
-    donors = {int(problem.donor_B[b]) for b in assembly.blocks}
+    found += [
+        f"{wish.name} is not fulfilled"
+        for wish in problem.requirements
+        if not wish.gives_E[list(assembly.edges)].any()
+    ]
+    donors = {int(problem.donor_B[b]) for b in assembly.blocks} - {-1}
     if problem.max_donors is not None and len(donors) > problem.max_donors:
         found.append(f"{len(donors)} donors, at most {problem.max_donors} allowed")
     for resource, total in zip(problem.resources, assembly.costs, strict=True):
@@ -331,10 +409,6 @@ def _int_array(values: object, what: str) -> IntArray:
     return array.astype(np.int64, copy=False)
 
 
-def _in_range(array: IntArray, stop: int, what: str) -> None:
-    if array.size and (array.min() < 0 or array.max() >= stop):
-        raise ValueError(f"{what}: values must be in 0..{stop - 1}")
-
-
-def _max_abs(array: IntArray) -> int:
-    return int(np.abs(array).max()) if array.size else 0
+def _in_range(array: IntArray, stop: int, what: str, *, least: int = 0) -> None:
+    if array.size and (array.min() < least or array.max() >= stop):
+        raise ValueError(f"{what}: values must be in {least}..{stop - 1}")

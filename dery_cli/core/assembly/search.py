@@ -80,7 +80,7 @@ class Rows:
     Args:
         layer: Layer of their last state.
         state_R: That state.
-        mask_R: Sets used.
+        mask_R: Sets used and requirements fulfilled, as bits.
         amount_QR: Quantities so far.
         block_RL: Blocks, in stage order.
         edge_RL: Edges.
@@ -137,6 +137,7 @@ class Search:
         self.rest_JLS = [backward(graph, bound.coefs) for bound in self.bounds]
         self.pool: Rows | None = None
         self.partials = 0
+        self._set_bit_B, self._given_E = problem.set_bit_B, problem.given_bits_E
         self._sort_children()
         self.stack = [] if graph.empty else [self._start()]
 
@@ -232,21 +233,27 @@ class Search:
         self.partials += len(pick_C)
         state_C = transition.dst_T[pick_C]
         block_C = self.graph.block_LS[rows.layer + 1][state_C]
-        bit_C = np.left_shift(np.int64(1), self.problem.set_B[block_C])
+        edge_C = transition.edge_T[pick_C]
+        bit_C = self._set_bit_B[block_C]
         donors_C = rows.num_donors_R[row_C]
         keep_C = (rows.mask_R[row_C] & bit_C) == 0
         if self.problem.max_donors is not None:
-            donor_RL = self.problem.donor_B[rows.block_RL]
-            donors_C = donors_C + ~(donor_RL[row_C] == self.problem.donor_B[block_C, None]).any(1)
+            donor_RL, donor_C = self.problem.donor_B[rows.block_RL], self.problem.donor_B[block_C]
+            new_C = ~(donor_RL[row_C] == donor_C[:, None]).any(1) & (donor_C >= 0)
+            donors_C = donors_C + new_C
             keep_C &= donors_C <= self.problem.max_donors
+        mask_C = rows.mask_R[row_C] | bit_C | self._given_E[edge_C]
+        if rows.layer == self.problem.num_stages - 2:
+            required = self.problem.required_bits
+            keep_C &= (mask_C & required) == required
         row_C, pick_C, state_C = row_C[keep_C], pick_C[keep_C], state_C[keep_C]
         children = Rows(
             layer=rows.layer + 1,
             state_R=state_C.astype(np.int64),
-            mask_R=rows.mask_R[row_C] | bit_C[keep_C],
+            mask_R=mask_C[keep_C],
             amount_QR=rows.amount_QR[:, row_C] + transition.amount_QT[:, pick_C],
             block_RL=np.column_stack([rows.block_RL[row_C], block_C[keep_C]]),
-            edge_RL=np.column_stack([rows.edge_RL[row_C], transition.edge_T[pick_C]]),
+            edge_RL=np.column_stack([rows.edge_RL[row_C], edge_C[keep_C]]),
             num_donors_R=donors_C[keep_C],
             bound_R=np.zeros(len(row_C), dtype=np.int64),
         )
@@ -283,8 +290,8 @@ def n_best(
 ) -> SearchResult:
     """The ``count`` best assemblies, in a deterministic order, proven.
 
-    First without remembering the used sets, to find good assemblies and leave out the edges that
-    cannot matter; then over states that remember them.
+    Where there are sets or requirements, first without remembering them, to find good assemblies
+    and leave out the edges that cannot matter; then over states that remember.
 
     Args:
         problem: Blocks, edges, limits.
@@ -304,7 +311,7 @@ def n_best(
     target = -int(max(backward(graph, unit)[0] + weights(unit, graph.start_QS)))
     pool: Rows | None = None
     partials = 0
-    for tracked in (False, True):
+    for tracked in (False, True) if problem.num_bits else (False,):
         if tracked:
             kept_E = graph.edges(problem.num_edges)
             graph = fix(build(problem, tracked=True, keep_E=kept_E), limits, 0)
@@ -319,7 +326,7 @@ def n_best(
             bounds = [*limits, bound]
             graph = fix(graph, bounds, target)
             search = Search(problem, graph, bounds, count, target)
-            final = tracked and rounds == _ROUNDS[-1]
+            final = tracked == bool(problem.num_bits) and rounds == _ROUNDS[-1]
             search.run(max_children=None if final else _DIVE_CHILDREN, deadline=deadline)
             partials += search.partials
             pool = _merged(pool, search.pool, count)

@@ -20,9 +20,10 @@ from dery_cli.core.assembly.frontier import Frontier, pareto, random_feasible
 from dery_cli.core.assembly.problem import (
     Assembly,
     AssemblyProblem,
-    BlockFilter,
     BoolArray,
+    Filter,
     IntArray,
+    Requirement,
     Resource,
     check_limits,
     peak_resources,
@@ -35,12 +36,13 @@ __all__ = [
     "Agreement",
     "Assembly",
     "AssemblyProblem",
-    "BlockFilter",
+    "Filter",
     "Frontier",
     "Infeasibility",
     "LimitReport",
     "MipAnswer",
     "MipStatus",
+    "Requirement",
     "Resource",
     "SearchResult",
     "check_limits",
@@ -153,50 +155,63 @@ def solve(
 
     Source: Eq. 8-11.
     """
-    mip = _python_mip()
     if keep_E is None and problem.num_edges > _DIRECT_EDGES:
         keep_E = n_best(problem, _REDUCE_TO_BEST, max_seconds=max_seconds).kept_E
-    use_E = problem.allowed_B[problem.src_E] & problem.allowed_B[problem.dst_E]
-    use_E = use_E if keep_E is None else use_E & keep_E
+    use_E = problem.allowed_E if keep_E is None else problem.allowed_E & keep_E
     use_B = problem.allowed_B.copy()
     if problem.num_stages > 1:
         use_B[:] = False
         use_B[problem.src_E[use_E]] = use_B[problem.dst_E[use_E]] = True
-    blocks, edges = np.flatnonzero(use_B).tolist(), np.flatnonzero(use_E).tolist()
     rows = _budget_rows(problem, use_B, use_E)
-    stages = {int(problem.stage_B[b]) for b in blocks}
-    settled = None
-    if len(stages) < problem.num_stages or any(r.is_maximum and r.limit < 0 for r in rows):
-        settled = MipStatus.INFEASIBLE
-    elif len(edges) > _MOST_EDGES:
-        settled = MipStatus.TOO_LARGE
-    if settled is not None:
-        return MipAnswer(
-            status=settled,
-            assembly=None,
-            broken=(),
-            num_blocks=len(blocks),
-            num_edges=len(edges),
-            rows=rows,
-        )
+    status, assembly = _settled(problem, use_B, use_E, rows), None
+    if status is None:
+        status, assembly = _solve_stated(problem, use_B, use_E, rows, max_seconds)
+    return MipAnswer(
+        status=status,
+        assembly=assembly,
+        broken=() if assembly is None else tuple(violations(problem, assembly)),
+        num_blocks=int(use_B.sum()),
+        num_edges=int(use_E.sum()),
+        rows=rows,
+    )
 
+
+def _settled(
+    problem: AssemblyProblem, use_B: BoolArray, use_E: BoolArray, rows: tuple[BudgetRow, ...]
+) -> MipStatus | None:
+    """What is plain before a program is stated; None where it has to be."""
+    stages = set(problem.stage_B[use_B].tolist())
+    if len(stages) < problem.num_stages or any(r.is_maximum and r.limit < 0 for r in rows):
+        return MipStatus.INFEASIBLE
+    return MipStatus.TOO_LARGE if use_E.sum() > _MOST_EDGES else None
+
+
+def _solve_stated(
+    problem: AssemblyProblem,
+    use_B: BoolArray,
+    use_E: BoolArray,
+    rows: tuple[BudgetRow, ...],
+    max_seconds: float | None,
+) -> tuple[MipStatus, Assembly | None]:
+    """The program over some blocks and edges, stated and handed to CBC."""
+    mip = _python_mip()
     model = mip.Model(sense=mip.MAXIMIZE, solver_name=mip.CBC)
     model.verbose = 0
     model.threads = 1
     model.max_mip_gap, model.max_mip_gap_abs = 1e-9, 0.5
-    x_B = {b: model.add_var(var_type=mip.BINARY) for b in blocks}
-    y_E = {e: model.add_var(lb=0, ub=1) for e in edges}
+    x_B = {b: model.add_var(var_type=mip.BINARY) for b in np.flatnonzero(use_B).tolist()}
+    # of several edges between two blocks a budget may want a mixture
+    parallel = _has_parallel(problem, use_E)
+    y_E = {
+        e: model.add_var(lb=0, ub=1, var_type=mip.BINARY if parallel else mip.CONTINUOUS)
+        for e in np.flatnonzero(use_E).tolist()
+    }
     # millionths as they are: CBC passes over answers that are less than 1e-4 better
     model.objective = mip.xsum(
         [int(problem.score_B[b]) * x for b, x in x_B.items()]
         + [int(problem.score_E[e]) * y for e, y in y_E.items()]
     )
-    for stage in range(problem.num_stages):
-        model += mip.xsum(x for b, x in x_B.items() if problem.stage_B[b] == stage) == 1
-    for number in range(problem.num_sets):
-        members = [x for b, x in x_B.items() if problem.set_B[b] == number]
-        if len(members) > 1:
-            model += mip.xsum(members) <= 1
+    _add_choices(problem, model, x_B, y_E)
     _add_flow(problem, model, x_B, y_E)
     for row in rows:
         terms = [int(row.cost_B[b]) * x for b, x in x_B.items()]
@@ -207,23 +222,34 @@ def solve(
         _add_donor_limit(problem, model, x_B)
     found = model.optimize(
         max_seconds=float("inf") if max_seconds is None else max_seconds,
-        max_nodes=max(1, _BRANCH_WORK // max(1, len(edges))),
+        max_nodes=max(1, _BRANCH_WORK // max(1, len(y_E))),
     )
-    assembly = _read(problem, x_B, y_E) if model.num_solutions else None
-    broken = () if assembly is None else tuple(violations(problem, assembly))
     status = {
         mip.OptimizationStatus.OPTIMAL: MipStatus.OPTIMAL,
         mip.OptimizationStatus.INFEASIBLE: MipStatus.INFEASIBLE,
         mip.OptimizationStatus.INT_INFEASIBLE: MipStatus.INFEASIBLE,
     }.get(found, MipStatus.STOPPED)
-    return MipAnswer(
-        status=status,
-        assembly=assembly,
-        broken=broken,
-        num_blocks=len(blocks),
-        num_edges=len(edges),
-        rows=rows,
-    )
+    return status, _read(problem, x_B, y_E) if model.num_solutions else None
+
+
+def _has_parallel(problem: AssemblyProblem, use_E: BoolArray) -> bool:
+    key_E = problem.src_E[use_E] * problem.num_blocks + problem.dst_E[use_E]
+    return len(np.unique(key_E)) < len(key_E)
+
+
+def _add_choices(
+    problem: AssemblyProblem, model: Any, x_B: dict[int, Any], y_E: dict[int, Any]
+) -> None:
+    """One block of every stage, at most one of every set, and one edge for every requirement."""
+    mip = _python_mip()
+    for stage in range(problem.num_stages):
+        model += mip.xsum(x for b, x in x_B.items() if problem.stage_B[b] == stage) == 1
+    for number in range(problem.num_sets):
+        members = [x for b, x in x_B.items() if problem.set_B[b] == number]
+        if len(members) > 1:
+            model += mip.xsum(members) <= 1
+    for requirement in problem.requirements:
+        model += mip.xsum(y for e, y in y_E.items() if requirement.gives_E[e]) >= 1
 
 
 def _python_mip() -> Any:
@@ -295,9 +321,10 @@ def _add_flow(
 def _add_donor_limit(problem: AssemblyProblem, model: Any, x_B: dict[int, Any]) -> None:
     """A donor with a chosen block counts; ``max_donors`` of them at most."""
     mip = _python_mip()
-    used = {d: model.add_var(ub=1) for d in sorted({int(problem.donor_B[b]) for b in x_B})}
-    for block, x in x_B.items():
-        model += x <= used[int(problem.donor_B[block])]
+    donor_of = {b: int(problem.donor_B[b]) for b in x_B if problem.donor_B[b] >= 0}
+    used = {d: model.add_var(ub=1) for d in sorted(set(donor_of.values()))}
+    for block, donor in donor_of.items():
+        model += x_B[block] <= used[donor]
     model += mip.xsum(used.values()) <= problem.max_donors
 
 

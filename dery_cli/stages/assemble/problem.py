@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dery_cli.core.assembly.solve import AssemblyProblem, BlockFilter, Resource
+from dery_cli.core.assembly.solve import AssemblyProblem, Filter, Resource
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.features import probe_features
 from dery_cli.core.stitching.joint_r2 import joint_r2, joint_score
@@ -229,12 +229,12 @@ def build_problem(
 
 def donor_filters(
     blocks: Sequence[PlacedBlock], zoo: Zoo, donors: DonorFilter
-) -> tuple[BlockFilter, ...]:
+) -> tuple[Filter, ...]:
     """The blocks that each of the options about donors leaves in, by option."""
     reasons = {name: donors.reasons(donor) for name, donor in zoo.donors.items()}
     options = sorted({option for found in reasons.values() for option in found})
     return tuple(
-        BlockFilter(
+        Filter(
             name=option,
             allowed_B=np.array([option not in reasons[block.ref.donor] for block in blocks]),
         )

@@ -13,7 +13,7 @@ import pytest
 from dery_cli.core.assembly.solve import (
     Assembly,
     AssemblyProblem,
-    BlockFilter,
+    Filter,
     MipAnswer,
     MipStatus,
     Resource,
@@ -141,7 +141,7 @@ def random_problem(seed, *, num_models=None, num_stages=None):
             limits[f"min_{name}"] = max(1, int(near * rng.choice([0.6, 1.0])))
     filters = ()
     if rng.random() < 0.3:
-        filters = (BlockFilter(name="--exclude x", allowed_B=rng.random(num_blocks) < 0.8),)
+        filters = (Filter(name="--exclude x", allowed_B=rng.random(num_blocks) < 0.8),)
     return make_problem(
         stage_B,
         set_B,
@@ -408,7 +408,7 @@ class TestTimeLimit:
 
         monkeypatch.setattr(mip.Model, "optimize", counted)
         monkeypatch.setattr("dery_cli.core.assembly.solve._BRANCH_WORK", 1)
-        problem = random_problem(7, num_models=24, num_stages=4).without_limits()
+        problem = random_problem(28, num_models=24, num_stages=4).without_limits()
         problem = problem.with_limits(params=(None, 5_000_000), flops=(None, 9 * 10**9))
         answers = [solve(problem) for _ in range(2)]
         assert seen == [(math.inf, 1)] * 2
@@ -416,7 +416,7 @@ class TestTimeLimit:
         assert answers[0].assembly == answers[1].assembly
 
     def test_program_stopped_at_once(self):
-        problem = random_problem(7, num_models=24, num_stages=4).without_limits()
+        problem = random_problem(28, num_models=24, num_stages=4).without_limits()
         problem = problem.with_limits(params=(None, 5_000_000), flops=(None, 9 * 10**9))
         result = n_best(problem, 3)
         answer = solve(problem, max_seconds=0.001)
@@ -622,8 +622,8 @@ class TestExplain:
 
     def test_filter_that_empties_a_set(self):
         filters = (
-            BlockFilter(name="--license mit", allowed_B=np.array([True, False, False, True])),
-            BlockFilter(name="--exclude x", allowed_B=np.array([True, True, True, True])),
+            Filter(name="--license mit", allowed_B=np.array([True, False, False, True])),
+            Filter(name="--exclude x", allowed_B=np.array([True, True, True, True])),
         )
         verdict = explain(make_problem(**TINY, filters=filters))
         assert verdict.cause == "filters"
@@ -640,9 +640,7 @@ class TestExplain:
         assert verdict.hint == "use --max-donors 2"
 
     def test_filter_that_keeps_a_budget_from_being_met(self):
-        only_large = BlockFilter(
-            name="--exclude small", allowed_B=np.array([True, False, True, True])
-        )
+        only_large = Filter(name="--exclude small", allowed_B=np.array([True, False, True, True]))
         verdict = explain(make_problem(**TINY, filters=(only_large,), max_params=20))
         assert verdict.cause == "budgets"
         assert verdict.sentences[-1] == "without --exclude small an assembly fits every budget"
