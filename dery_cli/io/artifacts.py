@@ -144,6 +144,10 @@ class Workspace:
     def latency(self) -> Path:
         return self.root / "latency.json"
 
+    def builds(self, target: str) -> Path:
+        """The folder of what built networks came to on a target."""
+        return self.root / "builds" / _plain(target)
+
     def assembly(self, name: str) -> Path:
         return self.root / "assemblies" / _plain(name) / "assembly.json"
 
@@ -183,7 +187,8 @@ class Workspace:
         try:
             for record in (self.zoo, self.partition, self.scores, self.latency):
                 settle(record)
-            for folder in (*folders, *(self.root / "assemblies").glob("*")):
+            many = ("assemblies", "builds")
+            for folder in (*folders, *(f for name in many for f in (self.root / name).glob("*"))):
                 tidy(folder)
         except OSError as error:
             raise not_written(self.root, error) from error

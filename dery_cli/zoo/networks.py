@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dery_cli.core.stitching.fit import StitchFit
-from dery_cli.core.stitching.network import AssembledNetwork
+from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
 from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.io.artifacts import is_there, open_artifact
@@ -93,7 +93,7 @@ def describe_network(
         "input": zoo[refs[0].donor].input.to_json(),
         "crop": crop,
         "classes": None if classes is None else list(classes),
-        "head_chs": zoo[refs[-1].donor].anatomy.nodes[refs[-1].stop].num_chs,
+        "end": zoo[refs[-1].donor].anatomy.nodes[refs[-1].stop].to_json(),
     }
 
 
@@ -118,10 +118,11 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
                     StitchKind(joint["stitch"]),
                 )
             )
-        network = AssembledNetwork(blocks, stitches)
+        end = Node.from_json(description["end"])
+        network = AssembledNetwork(blocks, stitches, pool=ending_pool(end))
         classes = description["classes"]
         if classes is not None:
-            network.head = nn.Linear(description["head_chs"], len(classes))
+            network.head = nn.Linear(head_inputs(end), len(classes))
     return network.eval()
 
 
@@ -241,7 +242,7 @@ def _check_head(opened: Opened) -> None:
     network = opened.record.data["network"]
     if network["classes"] is None:
         return
-    wanted = (len(network["classes"]), network["head_chs"])
+    wanted = (len(network["classes"]), head_inputs(Node.from_json(network["end"])))
     found = opened.shape(MODEL_FILE, "head.weight")
     if found != wanted:
         raise DeryError(

@@ -196,6 +196,12 @@ def plugin_names(group: str) -> list[str]:
     return list(_entry_points(group))
 
 
+def is_built_in(group: str, name: str) -> bool:
+    """Whether a plugin is of ``dery_cli`` itself, whose version the records name."""
+    points = _entry_points(group).get(name, [])
+    return all(point.value.startswith("dery_cli.") for point in points) and bool(points)
+
+
 def find_plugin(group: str, name: str, protocol: type[_Plugin], *, what: str = "plugin") -> _Plugin:
     """Load the plugin ``name`` of ``group``.
 

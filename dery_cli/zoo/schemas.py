@@ -188,7 +188,7 @@ NETWORK = both(
             "input": INPUT,
             "crop": CROP,
             "classes": optional(CLASSES),
-            "head_chs": integer(1, 1 << 24),
+            "end": NODE,
         }
     ),
     _one_joint_a_block,
@@ -216,14 +216,14 @@ def network_data(
 # what whoever loads a network has to know; the stages that write these records know the rest
 ASSEMBLY = Kind(
     name="assembly",
-    version=2,
+    version=3,
     parents=("target",),
     options=fields({"target_samples": integer(1)}, more=plain),
     data=network_data({"name": any_text}, more=plain),
 )
 RUN = Kind(
     name="run",
-    version=2,
+    version=3,
     parents=("network", "data"),
     options=fields({"valid_fraction": number(0, 1)}, more=plain),
     data=network_data({"start": any_text}, more=plain),

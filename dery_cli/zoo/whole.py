@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from dery_cli.core.assembly.notation import needs_stitch
 from dery_cli.core.stitching.head import fit_head
-from dery_cli.core.stitching.network import AssembledNetwork
-from dery_cli.core.stitching.stitch import StitchCost
+from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
+from dery_cli.core.stitching.stitch import StitchCost, stitch_cost
 from dery_cli.io.artifacts import Workspace
-from dery_cli.types import BlockRef, Donor
+from dery_cli.types import BlockRef, Donor, StitchKind
 from dery_cli.zoo.registry import Zoo, load_donor
 
 
@@ -29,12 +31,29 @@ def whole_block(zoo: Zoo, donor: str) -> BlockRef:
     return BlockRef(donor, 0, zoo[donor].anatomy.num_units)
 
 
-def whole_cost(zoo: Zoo, donor: str, num_classes: int | None) -> StitchCost:
-    """Parameters and multiply-adds of a whole donor with the head."""
-    anatomy = zoo[donor].anatomy
-    head = head_cost(anatomy.nodes[-1].num_chs, num_classes)
-    units = anatomy.num_units
-    return StitchCost(anatomy.params(0, units) + head.params, anatomy.flops(0, units) + head.flops)
+def network_cost(
+    zoo: Zoo, refs: Sequence[BlockRef], num_classes: int | None, kind: StitchKind
+) -> StitchCost:
+    """Parameters and multiply-adds of a network: its blocks, stitches and head.
+
+    Args:
+        zoo: The donors.
+        refs: Blocks in order.
+        num_classes: Of the head; None without one.
+        kind: What stitches are made of.
+    """
+    end = zoo[refs[-1].donor].anatomy.nodes[refs[-1].stop]
+    costs = [head_cost(head_inputs(end), num_classes)]
+    for ref in refs:  # what two blocks share is in the network twice
+        anatomy = zoo[ref.donor].anatomy
+        costs.append(
+            StitchCost(anatomy.params(ref.start, ref.stop), anatomy.flops(ref.start, ref.stop))
+        )
+    for before, after in itertools.pairwise(refs):
+        if needs_stitch(before, after):
+            source = zoo[before.donor].anatomy.nodes[before.stop]
+            costs.append(stitch_cost(source, zoo[after.donor].anatomy.nodes[after.start], kind))
+    return StitchCost(sum(cost.params for cost in costs), sum(cost.flops for cost in costs))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +95,8 @@ def fit_whole_donor(
         DeryError: Its weights changed.
     """
     dissection = load_donor(donor, workspace, device=device)
-    block = copy.deepcopy(dissection.block(0, dissection.anatomy.num_units))
-    network = AssembledNetwork([block], [None]).eval()
+    anatomy = dissection.anatomy
+    block = copy.deepcopy(dissection.block(0, anatomy.num_units))
+    network = AssembledNetwork([block], [None], pool=ending_pool(anatomy.nodes[-1])).eval()
     accuracy = fit_head(network, batches, labels, num_classes)
     return WholeDonor(donor=donor, network=network, accuracy=accuracy)

@@ -69,11 +69,13 @@ class Peak:
     Args:
         option: Name of the resource in the parts' costs, and of the option.
         peak_G: What each segment needs while it runs.
+        last_G: The same where it is the last, with the head.
         maximum: Of the sum and the largest together.
     """
 
     option: str
     peak_G: IntArray
+    last_G: IntArray
     maximum: int
 
 
@@ -141,11 +143,33 @@ class PathProblem:
         problem: For ``n_best``, ``solve``, ``pareto``, ``explain``.
         space: What it was made of.
         segment_E: Segment of each edge, -1 for stitches and what only waits for the last layer.
+        last_E: Whether an edge is a path's last segment.
+        layer_E: How many stitches lie before each edge.
     """
 
     problem: AssemblyProblem
     space: Space
     segment_E: IntArray
+    last_E: BoolArray
+    layer_E: IntArray
+
+    def ending_in(self, donor: str) -> AssemblyProblem:
+        """The same program over the paths that end in a donor."""
+        number = self.space.donors.index(donor)
+        mine_G = self.space.donor_V[self.space.segments.src] == number
+        return self._with(f"ending in {donor}", ~self.last_E | _true(mine_G, self.segment_E))
+
+    def with_stitches(self, most: int) -> AssemblyProblem:
+        """The same program over the paths of at most so many stitches."""
+        return self._with(f"at most {most} stitches", ~self.last_E | (self.layer_E <= most))
+
+    def within_one_donor(self) -> AssemblyProblem:
+        """The same program over slices and whole donors."""
+        return dataclasses.replace(self.problem, max_donors=1)
+
+    def _with(self, name: str, allowed_E: BoolArray) -> AssemblyProblem:
+        wish = Filter(name=name, allowed_E=allowed_E)
+        return dataclasses.replace(self.problem, filters=(*self.problem.filters, wish))
 
     def network(self, assembly: Assembly) -> tuple[BlockRef, ...]:
         """The path of an answer as segments of donors."""
@@ -239,7 +263,7 @@ def path_problem(
     ]
     if peak is not None:
         weight_E = cost_E(peak.option)
-        peak_E = _of(peak.peak_G, segment_E)
+        peak_E = np.where(head_E >= 0, _of(peak.last_G, segment_E), _of(peak.peak_G, segment_E))
         resources += [
             Resource(
                 name=f"{peak.option} of segment {layer + 1}",
@@ -269,7 +293,7 @@ def path_problem(
         requirements=requirements,
         max_donors=max_donors,
     )
-    return PathProblem(problem, space, segment_E)
+    return PathProblem(problem, space, segment_E, head_E >= 0, layer_E)
 
 
 def _of(value_X: IntArray, index_E: IntArray) -> IntArray:

@@ -216,9 +216,18 @@ class AssemblyProblem:
                 f"an assembly of {self.num_stages} blocks makes no sense", "use -K 1 or more"
             )
         num_blocks, num_edges = len(self.stage_B), len(self.src_E)
-        by_block: list[npt.NDArray[Any]] = [self.set_B, self.donor_B, self.score_B, *(r.cost_B for r in self.resources)]
+        by_block: list[npt.NDArray[Any]] = [
+            self.set_B,
+            self.donor_B,
+            self.score_B,
+            *(r.cost_B for r in self.resources),
+        ]
         by_block += [f.allowed_B for f in self.filters if f.allowed_B is not None]
-        by_edge: list[npt.NDArray[Any]] = [self.dst_E, self.score_E, *(r.cost_E for r in self.resources)]
+        by_edge: list[npt.NDArray[Any]] = [
+            self.dst_E,
+            self.score_E,
+            *(r.cost_E for r in self.resources),
+        ]
         by_edge += [f.allowed_E for f in self.filters if f.allowed_E is not None]
         by_edge += [r.gives_E for r in self.requirements]
         if any(len(a) != num_blocks for a in by_block) or any(len(a) != num_edges for a in by_edge):

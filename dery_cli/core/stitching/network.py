@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dery_cli.core.assembly.notation import needs_stitch
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.stitching.class_weight import choose_class_weight
 from dery_cli.core.stitching.fit import (
@@ -26,8 +27,8 @@ from dery_cli.core.stitching.fit import (
     StitchRegression,
     reestimate_batch_norm,
 )
-from dery_cli.core.stitching.stitch import Stitch
-from dery_cli.types import BlockRef, Node, StitchKind
+from dery_cli.core.stitching.stitch import Stitch, split_tokens
+from dery_cli.types import BlockRef, Layout, Node, StitchKind
 
 KEEP_BYTES = 4 << 30
 """Calibration tensors at joints are kept in memory up to this size, else computed anew."""
@@ -38,8 +39,39 @@ def with_own_buffers(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(p): p for p in block.parameters()})
 
 
+class Pool(nn.Module):
+    """The vector that a head sees of a node: the mean over positions, then the prefix tokens.
+
+    It has no parameters. A probe at the node sees the same (``probe_features``).
+
+    Args:
+        node: What comes in.
+    """
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid_NCHW, prefix_NTC = split_tokens(x, self.node)
+        return torch.cat([grid_NCHW.mean((2, 3)), prefix_NTC.flatten(1)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.node.layout}{self.node.shape}"
+
+
+def ending_pool(node: Node) -> Pool | None:
+    """What a network needs between its last block and its head: nothing after a vector."""
+    return None if node.layout is Layout.NC else Pool(node)
+
+
+def head_inputs(node: Node) -> int:
+    """Inputs of a head on a node, pooled."""
+    return node.num_chs * (1 + node.num_prefix_tokens)
+
+
 class AssembledNetwork(nn.Module):
-    """K blocks, the stitches between blocks of different donors, and a linear head.
+    """K blocks, the stitches between them, and a linear head.
 
     Parameters keep the donors' names: ``blocks.<k>.<name in the donor>``, ``stitches.<k>.*`` for
     the stitch in front of block k, ``head.*``. Without a head the output is the pre-logits vector.
@@ -48,6 +80,7 @@ class AssembledNetwork(nn.Module):
         blocks: K block modules.
         stitches: Stitch in front of each block, None where blocks meet without one.
         head: Classifier on the pre-logits vector.
+        pool: Makes that vector where the last block ends before its donor does.
     """
 
     def __init__(
@@ -55,13 +88,20 @@ class AssembledNetwork(nn.Module):
         blocks: Sequence[nn.Module],
         stitches: Sequence[nn.Module | None],
         head: nn.Linear | None = None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.stitches = nn.ModuleDict(
             {str(k): stitch for k, stitch in enumerate(stitches) if stitch is not None}
         )
+        self.pool = pool
         self.head = head
+
+    @property
+    def ending(self) -> list[nn.Module]:
+        """What comes after the last block, in order."""
+        return [module for module in (self.pool, self.head) if module is not None]
 
     def copy(self) -> AssembledNetwork:
         """A network that shares nothing with this one, nor one block with another."""
@@ -73,6 +113,7 @@ class AssembledNetwork(nn.Module):
                 for k in map(str, range(len(self.blocks)))
             ],
             copy.deepcopy(self.head),
+            copy.deepcopy(self.pool),
         )
         return again.train(self.training)
 
@@ -82,17 +123,12 @@ class AssembledNetwork(nn.Module):
             if str(index) in self.stitches:
                 x = self.stitches[str(index)](x)
             x = block(x)
-        return x
+        return x if self.pool is None else self.pool(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) to logits (N, classes)."""
         x = self.forward_features(x)
         return x if self.head is None else self.head(x)
-
-
-def needs_stitch(before: BlockRef, after: BlockRef) -> bool:
-    """Whether two blocks in a row need a layer between them."""
-    return not (before.donor == after.donor and before.stop == after.start)
 
 
 Batches = Callable[[], Iterable[Tensor]]
@@ -203,7 +239,8 @@ class NetworkBuilder:
         has its statistics re-estimated on what it now receives.
         """
         prefix = self._prefix(tuple(refs))
-        network = AssembledNetwork(prefix.blocks, prefix.stitches).eval()
+        pool = ending_pool(self.node(refs[-1].donor, refs[-1].stop))
+        network = AssembledNetwork(prefix.blocks, prefix.stitches, pool=pool).eval()
         return BuiltNetwork(network, prefix.fits)
 
     def _prefix(self, refs: tuple[BlockRef, ...]) -> _Prefix:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dery_cli.core.cost.flops import count_flops, count_params
 from dery_cli.core.proxies import ProxyInputs
 from dery_cli.core.scoring import network_outputs, top1
-from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.core.stitching.fit import StitchFit, reestimate_batch_norm
 from dery_cli.core.stitching.head import fit_head
 from dery_cli.core.stitching.match import Match, match_features
 from dery_cli.core.stitching.network import AssembledNetwork, BuiltNetwork, NetworkBuilder
@@ -99,15 +99,25 @@ class _FittedBuilder:
         """Blocks and fitted stitches; they may be shared with other networks of this builder."""
         return self._stitched.build(refs)
 
-    def complete(self, refs: Sequence[BlockRef]) -> CompleteNetwork:
+    def complete(self, candidate: Candidate) -> CompleteNetwork:
         """A network of its own, with all that the options ask for."""
+        refs = candidate.refs
         built = self.stitched(refs)
         network = built.network.copy()
+        if candidate.reestimated:
+            network = self.reestimated(network, candidate)
         match = self._match(network, refs)
         labels, num_classes = self._target.labels, self._target.num_classes
         if labels is not None and num_classes is not None:
             fit_head(network, self._view(refs[0].donor), labels, num_classes)
         return CompleteNetwork(network.eval(), built.fits, match)
+
+    def reestimated(self, network: AssembledNetwork, candidate: Candidate) -> AssembledNetwork:
+        """A whole donor with batch-norm statistics of the target's images."""
+        network = network.copy()
+        donor = candidate.refs[0].donor
+        reestimate_batch_norm(network.blocks[0], lambda: self._view(donor, fit=True))
+        return network
 
     def _match(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> Match | None:
         """Train the stitches to give the last donor's pre-logits, where that is asked for."""
@@ -130,24 +140,25 @@ class Builder:
     Args:
         zoo: The donors.
         donors: The same, dissected.
-        target: Target images.
+        images: Has the target's images.
+        target: Which they are.
         config: Options.
     """
 
-    def __init__(self, zoo: Zoo, donors: DonorPool, target: Target, config: AssembleConfig) -> None:
+    def __init__(
+        self,
+        zoo: Zoo,
+        donors: DonorPool,
+        images: ImageStore,
+        target: Target,
+        config: AssembleConfig,
+    ) -> None:
         self.zoo, self.donors, self.target, self.config = zoo, donors, target, config
-        self._images = ImageStore(
-            target.data.train,
-            target.indices,
-            crop=target.crop,
-            batch_size=target.batch_size,
-            device=target.device,
-            workers=target.workers,
-        )
+        self._images = images
         # labels would flatter what is scored on the images that it was fitted on
         self._unlabelled: _FittedBuilder | None = self._fitted_on(target, with_labels=False)
         self._final: _FittedBuilder | None = None
-        self._built: dict[tuple[BlockRef, ...], CompleteNetwork] = {}
+        self._built: dict[tuple[object, ...], CompleteNetwork] = {}
 
     def _fitted_on(self, target: Target, *, with_labels: bool) -> _FittedBuilder:
         return _FittedBuilder(
@@ -160,12 +171,16 @@ class Builder:
 
     def score(self, candidate: Candidate, proxy: Proxy) -> Scored:
         """Build a candidate with closed-form stitches, fitted without labels, and ask the proxy."""
-        assert self._unlabelled is not None, "score everything before anything else"
+        if self._unlabelled is None:
+            self._unlabelled = self._fitted_on(self.target, with_labels=False)
         built = self._unlabelled.stitched(candidate.refs)
+        network = built.network
+        if candidate.reestimated:
+            network = self._unlabelled.reestimated(network, candidate)
         batches = self.view(candidate.refs[0].donor)
         value = proxy(
             ProxyInputs(
-                network=built.network,
+                network=network,
                 batches=lambda: iter(batches),
                 labels=self.target.labels,
                 num_classes=self.target.num_classes,
@@ -196,7 +211,7 @@ class Builder:
             builder = self._fitted_on(fitted_on, with_labels=True)
             label_N = torch.tensor(held_out.labels)
             for number, candidate in enumerate(candidates):
-                network = builder.complete(candidate.refs).network
+                network = builder.complete(candidate).network
                 spec = self.zoo[candidate.refs[0].donor].input
                 logits_NK = network_outputs(network, self._images.view(spec, held_out.indices))
                 hits[number] += float(top1(logits_NK, label_N)) * len(label_N)
@@ -225,14 +240,14 @@ class Builder:
 
         Without labels it has no head, and plain stitches.
         """
-        if candidate.refs not in self._built:
+        if candidate.key not in self._built:
             if self._final is None and self.target.labels is None:
                 self._final = self._unlabelled
             elif self._final is None:
                 self._unlabelled, self._final = None, self._fitted_on(self.target, with_labels=True)
             assert self._final is not None
-            self._built[candidate.refs] = self._final.complete(candidate.refs)
-        return self._built[candidate.refs]
+            self._built[candidate.key] = self._final.complete(candidate)
+        return self._built[candidate.key]
 
     def test_top1(self, candidate: Candidate) -> float | None:
         """Of the complete network on the test images, which nothing was chosen on."""

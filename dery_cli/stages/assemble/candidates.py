@@ -7,9 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dery_cli.core.assembly.notation import format_network, merged
 from dery_cli.core.stitching.fit import StitchFit
-from dery_cli.stages.assemble.problem import geometric_mean, merged
+from dery_cli.core.stitching.joint_r2 import joint_score
 from dery_cli.types import BlockRef
+
+Proof = dict[str, Any]
+"""What is proven of the program's answers, as the record says it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,12 +22,14 @@ class Candidate:
 
     Args:
         refs: Its blocks in order.
-        sets: Equivalence set of each block; None for a whole model.
+        sets: Equivalence set of each block; None but in the paper's space.
         params: Parameters, stitches and head included.
         flops: Multiply-adds for one image, likewise.
-        program_score: The program's objective; None for a whole model.
+        program_score: The program's objective; None for what no program gave.
         latency: Nanoseconds, the sum of its parts; None where there is no such budget.
         memory: Bytes, likewise.
+        whole: Whether it is a donor as it is.
+        reestimated: Whether a whole donor's batch norm is re-estimated on the target's images.
     """
 
     refs: tuple[BlockRef, ...]
@@ -33,15 +39,21 @@ class Candidate:
     program_score: float | None
     latency: int | None = None
     memory: int | None = None
+    whole: bool = False
+    reestimated: bool = False
 
     @property
-    def whole(self) -> bool:
-        return self.sets is None
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal networks that are built in the same way."""
+        return (self.refs, self.reestimated)
+
+    @property
+    def sequence(self) -> tuple[str, ...]:
+        """Its donors in order."""
+        return tuple(ref.donor for ref in merged(self.refs))
 
     def __str__(self) -> str:
-        if self.whole:
-            return f"whole {self.refs[0].donor}"
-        return " + ".join(str(ref) for ref in merged(self.refs))
+        return format_network(self.refs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +84,9 @@ class Scored:
         return {
             "network": str(self.candidate),
             "whole": self.candidate.whole,
+            "batch_norm": "re-estimated" if self.candidate.reestimated else "as it is",
             "blocks": [[ref.donor, ref.start, ref.stop] for ref in self.candidate.refs],
+            "adapters": [ref.adapter for ref in self.candidate.refs],
             "params": self.candidate.params,
             "flops": self.candidate.flops,
             "program_score": self.candidate.program_score,
@@ -103,9 +117,34 @@ def pick(scored: Sequence[Scored]) -> Scored:
     return ranked(scored)[0]
 
 
+MOST_OF_A_SEQUENCE = 2
+"""Finalists of one sequence of donors."""
+
+
 def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
-    """The first ``count``, and the first whole model if it is not among them."""
+    """The first ``count``, of each sequence of donors the first two, and the first whole model."""
     order = ranked(scored)
-    chosen = order[:count]
+    taken: dict[tuple[str, ...], int] = {}
+    chosen: list[Scored] = []
+    for entry in order:
+        sequence = entry.candidate.sequence
+        taken[sequence] = taken.get(sequence, 0) + 1
+        if taken[sequence] <= MOST_OF_A_SEQUENCE and len(chosen) < count:
+            chosen.append(entry)
     whole = next((entry for entry in order if entry.candidate.whole), None)
     return chosen if whole is None or whole in chosen else [*chosen, whole]
+
+
+def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Each network once, the first of each."""
+    seen: dict[tuple[object, ...], Candidate] = {}
+    for candidate in candidates:
+        seen.setdefault((merged(candidate.refs), candidate.reestimated), candidate)
+    return list(seen.values())
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """Of the joints' R2, as a summary of an assembly; None where there is no joint."""
+    if not values:
+        return None
+    return math.exp(sum(joint_score(value) for value in values) / len(values))

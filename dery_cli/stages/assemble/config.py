@@ -115,11 +115,29 @@ class DonorFilter:
         return found
 
 
-FINALISTS = 8
-"""Cross-validated by default where the proxy is the probe."""
+MOST_STITCHES = 8
+"""The program grows with each; a path of nine segments is beyond what anybody asked for."""
 
-MOST_JOINT_WEIGHT = 1000
-"""Beyond it joints alone decide, and sums of scores in millionths would not stay exact."""
+LEAST_EFFORT, MOST_EFFORT = 0.01, 10_000
+
+SPACES = ("free", "paper")
+"""Every path through the donors, or one block a stage and a set of the partition."""
+
+GONE = {
+    "candidates": "--effort says how much is built",
+    "finalists": "--effort says how much is tried",
+    "joint-weight": "the objective has no weight to set; --effort says how much is built and tried",
+}
+"""Options of earlier versions, and what took their place."""
+
+
+def refuse_gone(name: str) -> None:
+    """What an option that is gone says.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(f"--{name} is gone", GONE[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,21 +145,34 @@ class AssembleConfig:
     """Options of ``dery assemble``; those of ``options`` and the seed belong to the artifact.
 
     Args:
+        space: One of ``SPACES``.
+        max_stitches: Of a path.
+        blocks: The network itself, ``a[0:4] + b[7:9]``; nothing is searched then.
+        start: Piece that the network begins with.
+        end: Piece that it ends with.
+        require: Pieces that it has.
+        exclude: Pieces that it has not, ``a[0:4]``; whole donors are in ``donors``.
+        effort: Work of building and trying, in passes of all donors over the target's images.
         require_optimal: Fail where the program's optimum is not proven in ``max_seconds``.
     """
 
     budget: Budget = Budget()
     donors: DonorFilter = DonorFilter()
     max_donors: int | None = None
+    space: str = "free"
+    max_stitches: int = 3
+    blocks: str | None = None
+    start: str | None = None
+    end: str | None = None
+    require: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    effort: float = 16.0
     latency_batch: int = 1
     memory_batch: int = 1
     data: str | None = None
     skip_bad: bool = False
     name: str = "default"
-    candidates: int = 32
-    finalists: int | None = None
     proxy: str | None = None
-    joint_weight: float = 0.1
     stitch: str = "linear"
     match: bool = False
     whole: bool = True
@@ -155,9 +186,10 @@ class AssembleConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name, "assembly")
-        check_at_least("--candidates", self.candidates)
-        if self.finalists is not None:
-            check_at_least("--finalists", self.finalists, 0)
+        check_one_of("--space", self.space, SPACES)
+        check_between("--max-stitches", self.max_stitches, 0, MOST_STITCHES)
+        check_between("--effort", self.effort, LEAST_EFFORT, MOST_EFFORT)
+        self._check_pins()
         check_at_least("--fit-samples", self.fit_samples, 8)
         check_at_least("--target-samples", self.target_samples, 8)
         if self.max_donors is not None:
@@ -166,7 +198,6 @@ class AssembleConfig:
             check_at_least("--image-size", self.donors.image_size)
         check_at_least("--latency-batch", self.latency_batch)
         check_at_least("--memory-batch", self.memory_batch)
-        check_between("--joint-weight", self.joint_weight, 0, MOST_JOINT_WEIGHT)
         check_one_of("--stitch", self.stitch, tuple(StitchKind))
         if self.proxy is not None:
             check_one_of("--proxy", self.proxy, tuple(plugin_names(PROXY_GROUP)))
@@ -174,11 +205,25 @@ class AssembleConfig:
             check_above("--max-seconds", self.max_seconds)
         check_seed(self.seed)
 
-    def num_finalists(self, proxy: str) -> int:
-        """How many are cross-validated; by default none with a proxy that has to be asked for."""
-        if self.finalists is not None:
-            return self.finalists
-        return FINALISTS if proxy == "probe" else 0
+    def _check_pins(self) -> None:
+        pins = {
+            "--start": self.start,
+            "--end": self.end,
+            "--require": self.require,
+            "--exclude of a piece": self.exclude,
+        }
+        given = [name for name, value in pins.items() if value]
+        if self.space == "paper" and (given or self.blocks is not None):
+            name = (given or ["--blocks"])[0]
+            raise UsageError(
+                f"{name} is of the free space, and --space paper takes the partition's blocks",
+                "leave out --space paper",
+            )
+        if self.blocks is not None and given:
+            raise UsageError(
+                f"--blocks is a whole network, so {given[0]} has nothing to choose",
+                f"leave out {given[0]}",
+            )
 
     def options(self) -> dict[str, Any]:
         return {
@@ -188,14 +233,19 @@ class AssembleConfig:
                 for key, value in dataclasses.asdict(self.donors).items()
             },
             "max_donors": self.max_donors,
+            "space": self.space,
+            "max_stitches": self.max_stitches,
+            "blocks": self.blocks,
+            "start": self.start,
+            "end": self.end,
+            "require": list(self.require),
+            "exclude": list(self.exclude),
+            "effort": self.effort,
             "latency_batch": self.latency_batch,
             "memory_batch": self.memory_batch,
             "data": self.data,
             "skip_bad": self.skip_bad,
-            "candidates": self.candidates,
-            "finalists": self.finalists,
             "proxy": self.proxy,
-            "joint_weight": self.joint_weight,
             "stitch": self.stitch,
             "match": self.match,
             "whole": self.whole,

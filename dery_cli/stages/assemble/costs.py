@@ -1,12 +1,12 @@
 """What inference takes beside params and multiply-adds: measured latency, and computed memory.
 
-Latencies are those of this device, batch size and thread count, and are kept as an artifact. Memory
+Latencies are those of this device, batch size and thread count, and are kept as an artifact: of
+every unit of every donor, of a head of every width, and of a stitch between any two shapes. Memory
 is that of the weights plus the largest activation peak of any single block, on no machine at all.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dery_cli.core.assembly.solve import Resource, peak_resources
+from dery_cli.core.assembly.notation import needs_stitch
+from dery_cli.core.assembly.paths import Space
+from dery_cli.core.assembly.problem import IntArray, Resource, peak_resources
 from dery_cli.core.cost.latency import interleaved_medians
 from dery_cli.core.cost.memory import activation_peak, weight_bytes
-from dery_cli.core.stitching.network import AssembledNetwork, Donors, needs_stitch
-from dery_cli.core.stitching.stitch import Stitch
-from dery_cli.stages.assemble.problem import PlacedBlock, node_of
+from dery_cli.core.stitching.network import (
+    AssembledNetwork,
+    Donors,
+    ending_pool,
+    head_inputs,
+)
+from dery_cli.core.stitching.stitch import Stitch, stitch_cost
+from dery_cli.stages.assemble.config import Budget
 from dery_cli.types import BlockRef, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
-from dery_cli.zoo.whole import whole_block
 
 REPEATS = 15
 """Rounds that a latency is the median of."""
@@ -33,85 +39,115 @@ REPEATS = 15
 WARMUP = 3
 """Rounds before these."""
 
-Ends = tuple[str, int, str, int]
-"""A stitch: source donor and node, target donor and node."""
+MOST_TIMED = 256
+"""Stitches of so many pairs of shapes are timed; for others a line through these stands."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PartCosts:
-    """What each part of a network costs, the head counted to what ends in it.
+def shapes_of(nodes: Sequence[Node]) -> tuple[IntArray, list[Node]]:
+    """The number of each node's shape, and one node of every shape.
+
+    Stitches between nodes of the same shapes do the same work.
+    """
+    numbers: dict[object, int] = {}
+    examples: list[Node] = []
+    shape_V = np.zeros(len(nodes), dtype=np.int64)
+    for place, node in enumerate(nodes):
+        key = (node.layout, node.shape, node.grid, node.num_prefix_tokens)
+        if key not in numbers:
+            numbers[key] = len(examples)
+            examples.append(node)
+        shape_V[place] = numbers[key]
+    return shape_V, examples
+
+
+def zoo_nodes(zoo: Zoo) -> list[Node]:
+    """The nodes of all donors, one donor after another."""
+    return [node for name in zoo.names() for node in zoo[name].anatomy.nodes]
+
+
+class LatencyTable:
+    """Nanoseconds of the parts that networks of a zoo are made of; they add up.
 
     Args:
-        blocks: Candidate blocks.
-        stitches: Between blocks of consecutive stages.
-        wholes: Whole donors by name.
+        zoo: The donors.
+        num_classes: Of heads; None without.
+        units: Of each donor's units, in order.
+        heads: Of a head, by its inputs.
+        stitches: From a shape (row) to a shape (column) of ``shapes_of(zoo_nodes(zoo))``.
+        error: Of the stitches that were not timed: the line's median relative error on those that
+            were. None where all were timed.
     """
 
-    blocks: Mapping[BlockRef, int]
-    stitches: Mapping[Ends, int]
-    wholes: Mapping[str, int]
+    def __init__(
+        self,
+        zoo: Zoo,
+        num_classes: int | None,
+        units: Mapping[str, Sequence[int]],
+        heads: Mapping[int, int],
+        stitches: Sequence[Sequence[int]],
+        error: float | None,
+    ) -> None:
+        self.units, self.heads, self.error = dict(units), dict(heads), error
+        self._zoo, self._num_classes = zoo, num_classes
+        self._stitch_SS = np.array(stitches, dtype=np.int64)
+        nodes = zoo_nodes(zoo)
+        shape_V, _ = shapes_of(nodes)
+        places = [(name, node.index) for name in zoo.names() for node in zoo[name].anatomy.nodes]
+        self._shape_V, self._shape = shape_V, dict(zip(places, shape_V.tolist(), strict=True))
+
+    def block(self, ref: BlockRef) -> int:
+        """Of a stretch of a donor."""
+        return sum(self.units[ref.donor][ref.start : ref.stop])
+
+    def head(self, donor: str, node: int) -> int:
+        """Of the head on a node."""
+        if self._num_classes is None:
+            return 0
+        return self.heads[head_inputs(self._zoo[donor].anatomy.nodes[node])]
+
+    def stitch(self, before: BlockRef, after: BlockRef) -> int:
+        """Of what joins two blocks; 0 where nothing has to."""
+        if not needs_stitch(before, after):
+            return 0
+        ends = (self._shape[before.donor, before.stop], self._shape[after.donor, after.start])
+        return int(self._stitch_SS[ends])
 
     def network(self, refs: Sequence[BlockRef]) -> int:
-        """The sum over an assembly's parts."""
-        total = self.blocks[refs[0]]
-        for before, after in itertools.pairwise(refs):
-            total += self.blocks[after]
-            if needs_stitch(before, after):
-                total += self.stitches[ends_of(before, after)]
-        return total
+        """The sum over a network's parts."""
+        joints = sum(self.stitch(*pair) for pair in itertools.pairwise(refs))
+        return sum(map(self.block, refs)) + joints + self.head(refs[-1].donor, refs[-1].stop)
 
-    def cost_B(self, blocks: Sequence[PlacedBlock]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """By block number."""
-        return np.array([self.blocks[block.ref] for block in blocks], dtype=np.int64)
-
-    def cost_E(
-        self, blocks: Sequence[PlacedBlock], pairs: Sequence[tuple[int, int]]
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """By pair of block numbers."""
-        refs = [(blocks[a].ref, blocks[b].ref) for a, b in pairs]
-        costs = [self.stitches[ends_of(*p)] if needs_stitch(*p) else 0 for p in refs]
-        return np.array(costs, dtype=np.int64)
+    def parts(self, space: Space) -> tuple[IntArray, IntArray, IntArray]:
+        """Of every segment, stitch and head of the free space."""
+        units_V = np.concatenate([[0, *self.units[name]] for name in space.donors])
+        total_V = np.cumsum(units_V)
+        segments, stitches = space.segments, space.stitches
+        heads = [
+            self.head(space.donors[d], i)
+            for d, i in zip(
+                space.donor_V[space.heads.src].tolist(),
+                space.index_V[space.heads.src].tolist(),
+                strict=True,
+            )
+        ]
+        return (
+            total_V[segments.dst] - total_V[segments.src],
+            self._stitch_SS[self._shape_V[stitches.src], self._shape_V[stitches.dst]],
+            np.array(heads, dtype=np.int64),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "blocks": [[*_key(ref), cost] for ref, cost in self.blocks.items()],
-            "stitches": [[*ends, cost] for ends, cost in self.stitches.items()],
-            "wholes": dict(self.wholes),
+            "units": {name: list(times) for name, times in self.units.items()},
+            "heads": [[inputs, time] for inputs, time in sorted(self.heads.items())],
+            "stitches": self._stitch_SS.tolist(),
+            "error": self.error,
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> PartCosts:
-        return cls(
-            blocks={BlockRef(*entry[:3]): entry[3] for entry in data["blocks"]},
-            stitches={(a, b, c, d): cost for a, b, c, d, cost in data["stitches"]},
-            wholes=dict(data["wholes"]),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryCosts:
-    """Bytes of weights, and each block's peak of live activations.
-
-    Args:
-        weights: Of the parts; of whole donors the weights and the peak together.
-        peaks: Of the candidate blocks.
-    """
-
-    weights: PartCosts
-    peaks: Mapping[BlockRef, int]
-
-    def network(self, refs: Sequence[BlockRef]) -> int:
-        """Weights of an assembly plus the largest of its blocks' peaks."""
-        return self.weights.network(refs) + max(self.peaks[ref] for ref in refs)
-
-
-def _key(ref: BlockRef) -> tuple[str, int, int]:
-    return (ref.donor, ref.start, ref.stop)
-
-
-def ends_of(before: BlockRef, after: BlockRef) -> Ends:
-    """The stitch between two blocks."""
-    return (before.donor, before.stop, after.donor, after.start)
+    def from_json(cls, data: Mapping[str, Any], zoo: Zoo, num_classes: int | None) -> LatencyTable:
+        heads = {int(inputs): int(time) for inputs, time in data["heads"]}
+        return cls(zoo, num_classes, data["units"], heads, data["stitches"], data["error"])
 
 
 def device_name(device: torch.device) -> str:
@@ -144,64 +180,108 @@ def latency_options(
 def measure_latency(
     zoo: Zoo,
     donors: Donors,
-    blocks: Sequence[PlacedBlock],
     device: torch.device,
     *,
     kind: StitchKind,
     batch_size: int,
     num_classes: int | None,
     advance: Callable[[], None],
-) -> PartCosts:
-    """Nanoseconds of every block, every distinct stitch and every whole donor, in turns.
+) -> LatencyTable:
+    """Time every unit, a head of every width and stitches between all shapes, in turns.
 
-    Each part gets what its donor delivers for random images. Stitches between nodes of the same
-    shapes do the same work; one of them is timed.
+    Each part gets what a donor delivers for random images. Beyond ``MOST_TIMED`` pairs of shapes
+    those evenly spread over the multiply-adds are timed, and a line in multiply-adds and in numbers
+    read and written stands for the others.
 
     Args:
         zoo: The donors.
         donors: The same, dissected.
-        blocks: Candidate blocks.
         device: Where the donors are.
         kind: What stitches are made of.
         batch_size: Images.
-        num_classes: Of the head that the last stage's blocks and whole donors get, or None.
+        num_classes: Of heads, or None.
         advance: Called once a round, ``WARMUP + REPEATS`` times.
     """
+    nodes = zoo_nodes(zoo)
+    _, examples = shapes_of(nodes)
     generator = torch.Generator().manual_seed(0)
-    images: dict[tuple[int, ...], Tensor] = {}
-    features: dict[tuple[str, int], Tensor] = {}
-    wanted: dict[str, set[int]] = {name: {0} for name in zoo.names()}
-    dissections = {name: donors[name] for name in zoo.names()}  # built outside inference mode
-    for block in blocks:
-        wanted[block.ref.donor] |= {block.ref.start, block.ref.stop}
-    with torch.inference_mode():
-        for name, nodes in wanted.items():
-            spec = zoo[name].input
-            shape = (batch_size, spec.in_chans, *spec.image_size)
-            if shape not in images:
-                images[shape] = torch.randn(shape, generator=generator).to(device)
-            for index, x in enumerate(dissections[name].features(images[shape])):
-                if index in nodes:
-                    features[name, index] = x.clone()
-    calls: dict[object, Callable[[], object]] = {}
-    for ref, module, _ in _parts(zoo, donors, blocks, num_classes):
-        calls[ref] = _call(module.to(device), features[ref.donor, ref.start])
-    stitches = stitch_ends(blocks)
-    shapes = {ends: _stitch_shape(zoo, ends) for ends in stitches}
-    for ends, key in shapes.items():
-        if key not in calls:
-            stitch = _stitch(zoo, ends, kind).eval().to(device)
-            calls[key] = _call(stitch, features[ends[:2]])
 
+    def random(shape: Sequence[int]) -> Tensor:
+        return torch.randn((batch_size, *shape), generator=generator).to(device)
+
+    calls: dict[object, Callable[[], object]] = {}
+    for name in zoo.names():
+        dissection = donors[name]
+        spec = zoo[name].input
+        with torch.inference_mode():
+            images = random((spec.in_chans, *spec.image_size))
+            features = [x.clone() for x in dissection.features(images)]
+        for unit in range(len(features) - 1):
+            block = dissection.block(unit, unit + 1).eval().to(device)
+            calls["unit", name, unit] = _call(block, features[unit])
+    widths = {head_inputs(node) for node in nodes if node.index} if num_classes else set()
+    for inputs in sorted(widths):
+        assert num_classes is not None
+        calls["head", inputs] = _call(nn.Linear(inputs, num_classes).to(device), random((inputs,)))
+    pairs = _timed_pairs(examples, kind)
+    inputs_S = [random(node.shape) for node in examples]
+    for a, b in pairs:
+        stitch = Stitch(examples[a], examples[b], kind).eval().to(device)
+        calls["stitch", a, b] = _call(stitch, inputs_S[a])
     with torch.inference_mode():
         found = interleaved_medians(
             calls, repeats=REPEATS, warmup=WARMUP, synchronise=_waiter(device), advance=advance
         )
-    return PartCosts(
-        blocks={block.ref: found[block.ref] for block in blocks},
-        stitches={ends: found[key] for ends, key in shapes.items()},
-        wholes={name: found[whole_block(zoo, name)] for name in zoo.names()},
+    timed = {pair: found["stitch", *pair] for pair in pairs}
+    stitches, error = _all_stitches(examples, timed, kind)
+    return LatencyTable(
+        zoo,
+        num_classes,
+        {
+            name: [found["unit", name, unit] for unit in range(zoo[name].anatomy.num_units)]
+            for name in zoo.names()
+        },
+        {inputs: found["head", inputs] for inputs in widths},
+        stitches,
+        error,
     )
+
+
+def _timed_pairs(examples: Sequence[Node], kind: StitchKind) -> list[tuple[int, int]]:
+    """The pairs of shapes to time: all, or some evenly spread over the multiply-adds."""
+    usable = [place for place, node in enumerate(examples) if node.index]
+    pairs = [(a, b) for a in usable for b in usable]
+    if len(pairs) <= MOST_TIMED:
+        return pairs
+    pairs.sort(key=lambda p: (stitch_cost(examples[p[0]], examples[p[1]], kind).flops, p))
+    step = (len(pairs) - 1) / (MOST_TIMED - 1)
+    return sorted({pairs[round(step * place)] for place in range(MOST_TIMED)})
+
+
+def _all_stitches(
+    examples: Sequence[Node], timed: Mapping[tuple[int, int], int], kind: StitchKind
+) -> tuple[list[list[int]], float | None]:
+    """Nanoseconds between all shapes: timed, or by a line; and the line's error where it serves."""
+    places = [(a, b) for a in range(len(examples)) for b in range(len(examples))]
+    work = np.array([_stitch_work(examples[a], examples[b], kind) for a, b in places], dtype=float)
+    known = np.array([place in timed for place in places])
+    times = np.array([timed.get(place, 0) for place in places], dtype=float)
+    # relative errors count alike, whatever the size
+    weight = 1 / np.maximum(times[known], 1)
+    line, *_ = np.linalg.lstsq(work[known] * weight[:, None], times[known] * weight, rcond=None)
+    foreseen = np.maximum(work @ line, times[known].min(initial=0))
+    table = np.where(known, times, foreseen).round().astype(np.int64)
+    usable = [p for p, (a, b) in enumerate(places) if examples[a].index and examples[b].index]
+    error = None
+    if not known[usable].all():
+        error = float(np.median(np.abs(foreseen[known] * weight - 1)))
+    return table.reshape(len(examples), -1).tolist(), error
+
+
+def _stitch_work(source: Node, target: Node, kind: StitchKind) -> tuple[float, float, float]:
+    """What a stitch's time is a line in: one, its multiply-adds, numbers it reads and writes."""
+    flops = stitch_cost(source, target, kind).flops
+    return (1.0, float(flops), float(np.prod(source.shape) + np.prod(target.shape)))
 
 
 def time_network(
@@ -218,49 +298,158 @@ def time_network(
     return times["network"]
 
 
-def compute_memory(
-    zoo: Zoo,
-    donors: Donors,
-    blocks: Sequence[PlacedBlock],
-    *,
-    kind: StitchKind,
-    batch_size: int,
-    num_classes: int | None,
-    advance: Callable[[], None],
-) -> MemoryCosts:
-    """Weights and activation peaks of every block, stitch and whole donor.
+class MemoryTable:
+    """Bytes of the parts that networks of a zoo are made of, each found when it is asked for.
+
+    A network takes the weights of all parts, and the largest of its blocks' activation peaks; the
+    last block's is with the head.
 
     Args:
         zoo: The donors.
         donors: The same, dissected.
-        blocks: Candidate blocks.
         kind: What stitches are made of.
         batch_size: Images.
         num_classes: Of the head, or None.
-        advance: Called once a block and once a whole donor.
     """
-    weights: dict[BlockRef, int] = {}
-    peaks: dict[BlockRef, int] = {}
-    for ref, module, shape in _parts(zoo, donors, blocks, num_classes):
-        weights[ref] = weight_bytes(module)
-        peaks[ref] = activation_peak(module, shape, batch_size)
-        advance()
-    sizes: dict[object, int] = {}
-    stitches: dict[Ends, int] = {}
-    for ends in stitch_ends(blocks):
-        key = _stitch_shape(zoo, ends)
-        if key not in sizes:
-            sizes[key] = weight_bytes(_stitch(zoo, ends, kind))
-        stitches[ends] = sizes[key]
-    whole = {name: whole_block(zoo, name) for name in zoo.names()}
-    return MemoryCosts(
-        weights=PartCosts(
-            blocks={block.ref: weights[block.ref] for block in blocks},
-            stitches=stitches,
-            wholes={name: weights[ref] + peaks[ref] for name, ref in whole.items()},
-        ),
-        peaks={block.ref: peaks[block.ref] for block in blocks},
-    )
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        donors: Donors,
+        *,
+        kind: StitchKind,
+        batch_size: int,
+        num_classes: int | None,
+    ) -> None:
+        self._zoo, self._donors, self._kind = zoo, donors, kind
+        self._batch_size, self._num_classes = batch_size, num_classes
+        self._blocks: dict[tuple[str, int, int, bool], tuple[int, int]] = {}
+        self._stitches: dict[object, int] = {}
+
+    def _block(self, ref: BlockRef, last: bool) -> tuple[int, int]:
+        key = (ref.donor, ref.start, ref.stop, last)
+        if key not in self._blocks:
+            module: nn.Module = self._donors[ref.donor].block(ref.start, ref.stop).eval()
+            nodes = self._zoo[ref.donor].anatomy.nodes
+            if last:
+                module = _ended(module, nodes[ref.stop], self._num_classes)
+            peak = activation_peak(module, tuple(nodes[ref.start].shape), self._batch_size)
+            self._blocks[key] = (weight_bytes(module), peak)
+        return self._blocks[key]
+
+    def weights(self, ref: BlockRef, *, last: bool) -> int:
+        """Of a block, the head included where it is the last."""
+        return self._block(ref, last)[0]
+
+    def peak(self, ref: BlockRef, *, last: bool) -> int:
+        """The most activations of a block, likewise."""
+        return self._block(ref, last)[1]
+
+    def stitch(self, before: BlockRef, after: BlockRef) -> int:
+        """Weights of what joins two blocks; 0 where nothing has to."""
+        if not needs_stitch(before, after):
+            return 0
+        source = self._zoo[before.donor].anatomy.nodes[before.stop]
+        return self._between(source, self._zoo[after.donor].anatomy.nodes[after.start])
+
+    def _between(self, source: Node, target: Node) -> int:
+        key = tuple((n.layout, n.shape, n.grid, n.num_prefix_tokens) for n in (source, target))
+        if key not in self._stitches:
+            with torch.device("meta"):
+                self._stitches[key] = weight_bytes(Stitch(source, target, self._kind))
+        return self._stitches[key]
+
+    def network(self, refs: Sequence[BlockRef]) -> int:
+        """Of a network's parts together."""
+        ends = [place == len(refs) - 1 for place in range(len(refs))]
+        weights = sum(self.weights(ref, last=end) for ref, end in zip(refs, ends, strict=True))
+        weights += sum(self.stitch(*pair) for pair in itertools.pairwise(refs))
+        return weights + max(self.peak(ref, last=end) for ref, end in zip(refs, ends, strict=True))
+
+    def parts(
+        self, space: Space, nodes: Sequence[Node], advance: Callable[[], None]
+    ) -> tuple[tuple[IntArray, IntArray, IntArray], IntArray, IntArray]:
+        """Weights of every segment, stitch and head of the free space; the segments' peaks.
+
+        Args:
+            space: The free space.
+            nodes: Its nodes.
+            advance: Called once a segment.
+
+        Returns:
+            The weights, the peaks, and the peaks of segments that are the last.
+        """
+        weights, peaks, lasts = [], [], []
+        head_V = np.zeros(len(nodes), dtype=np.int64)
+        for ref, stop in _segment_refs(space):
+            weights.append(self.weights(ref, last=False))
+            peaks.append(self.peak(ref, last=False))
+            lasts.append(self.peak(ref, last=True))
+            head_V[stop] = self.weights(ref, last=True) - weights[-1]
+            advance()
+        shape_V, examples = shapes_of(nodes)
+        table = [
+            [self._between(a, b) if a.index and b.index else 0 for b in examples] for a in examples
+        ]
+        ends = (shape_V[space.stitches.src], shape_V[space.stitches.dst])
+        stitches = np.array(table, dtype=np.int64)[ends]
+        costs = (np.array(weights, dtype=np.int64), stitches, head_V[space.heads.src])
+        return costs, np.array(peaks, dtype=np.int64), np.array(lasts, dtype=np.int64)
+
+
+def block_resources(
+    latency: LatencyTable | None,
+    memory: MemoryTable | None,
+    budget: Budget,
+    refs: Sequence[BlockRef],
+    stage_B: IntArray,
+    pairs: Sequence[tuple[int, int]],
+) -> list[Resource]:
+    """The resources of the paper's program beside params and flops.
+
+    Args:
+        latency: Of the parts; None where there is no such budget.
+        memory: Likewise.
+        budget: The limits.
+        refs: Candidate blocks by number.
+        stage_B: 0-based stage of each.
+        pairs: The edges, as pairs of block numbers.
+    """
+    found: list[Resource] = []
+    last_B = (stage_B == stage_B.max()).tolist()
+    numbered = list(zip(refs, last_B, strict=True))
+    joined = [(refs[a], refs[b]) for a, b in pairs]
+    if latency is not None:
+        heads = [latency.head(ref.donor, ref.stop) if last else 0 for ref, last in numbered]
+        costs = [latency.block(ref) + head for ref, head in zip(refs, heads, strict=True)]
+        found.append(
+            Resource(
+                name="latency",
+                cost_B=np.array(costs, dtype=np.int64),
+                cost_E=np.array([latency.stitch(*pair) for pair in joined], dtype=np.int64),
+                maximum=budget.max_latency,
+            )
+        )
+    if memory is not None:
+        found += peak_resources(
+            "memory",
+            np.array([memory.weights(ref, last=last) for ref, last in numbered], dtype=np.int64),
+            np.array([memory.stitch(*pair) for pair in joined], dtype=np.int64),
+            np.array([memory.peak(ref, last=last) for ref, last in numbered], dtype=np.int64),
+            stage_B,
+            budget.max_memory,
+        )
+    return found
+
+
+def _segment_refs(space: Space) -> Iterator[tuple[BlockRef, int]]:
+    """The segments of a space as stretches of donors, each with the node it ends at."""
+    donor_V, first_D = space.donor_V, space.first_D
+    pairs = zip(space.segments.src.tolist(), space.segments.dst.tolist(), strict=True)
+    for src, dst in pairs:
+        donor = int(donor_V[src])
+        first = int(first_D[donor])
+        yield BlockRef(space.donors[donor], src - first, dst - first), dst
 
 
 def network_memory(network: AssembledNetwork, input_shape: tuple[int, ...], batch_size: int) -> int:
@@ -276,92 +465,22 @@ def network_memory(network: AssembledNetwork, input_shape: tuple[int, ...], batc
             if str(index) in network.stitches:
                 x = network.stitches[str(index)](x)
                 weights += weight_bytes(network.stitches[str(index)])
-            last = index == len(network.blocks) - 1
-            module = _with_head(block, network.head if last else None)
+            module: nn.Module = block
+            if index == len(network.blocks) - 1:
+                module = nn.Sequential(block, *network.ending).eval()
             weights += weight_bytes(module)
             peaks.append(activation_peak(module, tuple(x.shape[1:]), batch_size))
             x = block(x)
     return weights + max(peaks)
 
 
-def more_resources(
-    blocks: Sequence[PlacedBlock],
-    pairs: Sequence[tuple[int, int]],
-    latency: tuple[PartCosts, int] | None,
-    memory: tuple[MemoryCosts, int] | None,
-) -> list[Resource]:
-    """The program's resources beside params and flops.
-
-    Args:
-        blocks: Candidate blocks by number.
-        pairs: The edges, as pairs of block numbers.
-        latency: Nanoseconds of the parts, and the most allowed.
-        memory: Bytes of the parts, and the most allowed.
-    """
-    found: list[Resource] = []
-    if latency is not None:
-        costs, maximum = latency
-        found.append(
-            Resource(
-                name="latency",
-                cost_B=costs.cost_B(blocks),
-                cost_E=costs.cost_E(blocks, pairs),
-                maximum=maximum,
-            )
-        )
-    if memory is not None:
-        bytes_, maximum = memory
-        found += peak_resources(
-            "memory",
-            bytes_.weights.cost_B(blocks),
-            bytes_.weights.cost_E(blocks, pairs),
-            np.array([bytes_.peaks[block.ref] for block in blocks], dtype=np.int64),
-            np.array([block.stage for block in blocks], dtype=np.int64),
-            maximum,
-        )
-    return found
-
-
-def stitch_ends(blocks: Sequence[PlacedBlock]) -> list[Ends]:
-    """Every stitch between blocks of consecutive stages, once."""
-    return sorted(
-        {
-            ends_of(before.ref, after.ref)
-            for before in blocks
-            for after in blocks
-            if after.stage == before.stage + 1 and needs_stitch(before.ref, after.ref)
-        }
-    )
-
-
-def _parts(
-    zoo: Zoo, donors: Donors, blocks: Sequence[PlacedBlock], num_classes: int | None
-) -> Iterator[tuple[BlockRef, nn.Module, tuple[int, ...]]]:
-    """Candidate blocks and whole donors, as modules, with the shape each takes for one image."""
-    last_stage = max(block.stage for block in blocks)
-    ends = {block.ref: block.stage == last_stage for block in blocks}
-    ends.update({whole_block(zoo, name): True for name in zoo.names()})
-    for ref, ending in ends.items():
-        anatomy = zoo[ref.donor].anatomy
-        module: nn.Module = donors[ref.donor].block(ref.start, ref.stop).eval()
-        if ending and num_classes is not None:
-            module = _with_head(module, nn.Linear(anatomy.nodes[ref.stop].num_chs, num_classes))
-        yield ref, module, tuple(anatomy.nodes[ref.start].shape)
-
-
-def _with_head(module: nn.Module, head: nn.Module | None) -> nn.Module:
-    return module if head is None else nn.Sequential(module, head).eval()
-
-
-def _stitch(zoo: Zoo, ends: Ends, kind: StitchKind) -> Stitch:
-    return Stitch(node_of(zoo, *ends[:2]), node_of(zoo, *ends[2:]), kind)
-
-
-def _stitch_shape(zoo: Zoo, ends: Ends) -> object:
-    def shape(node: Node) -> tuple[object, ...]:
-        return (node.layout, node.shape, node.grid, node.num_prefix_tokens)
-
-    return ("stitch", shape(node_of(zoo, *ends[:2])), shape(node_of(zoo, *ends[2:])))
+def _ended(block: nn.Module, node: Node, num_classes: int | None) -> nn.Module:
+    """A last block with what comes after it."""
+    pool = ending_pool(node)
+    ending: list[nn.Module] = [] if pool is None else [pool]
+    if num_classes is not None:
+        ending.append(nn.Linear(head_inputs(node), num_classes))
+    return nn.Sequential(block, *ending).eval()
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -6,16 +6,30 @@ Legend: V nodes of all donors, node 0 of each included; G segments; J stitches.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from dery_cli.core.assembly.paths import Parts, Space
-from dery_cli.core.assembly.problem import IntArray
-from dery_cli.core.stitching.head import head_inputs
+from dery_cli.core.assembly.notation import parse_network, parse_piece
+from dery_cli.core.assembly.paths import (
+    Limits,
+    Parts,
+    PathProblem,
+    Peak,
+    Pin,
+    Space,
+    path_problem,
+)
+from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, IntArray
+from dery_cli.core.stitching.network import head_inputs
 from dery_cli.core.stitching.stitch import stitch_cost
-from dery_cli.stages.assemble.problem import MICRO
+from dery_cli.errors import InfeasibleError, UsageError
+from dery_cli.stages.assemble.candidates import Candidate, Proof
+from dery_cli.stages.assemble.config import AssembleConfig, DonorFilter
+from dery_cli.stages.assemble.costs import shapes_of, zoo_nodes
+from dery_cli.stages.assemble.explain import explain_infeasible
+from dery_cli.stages.assemble.setting import MICRO, Setting, best_of
 from dery_cli.types import Anatomy, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.whole import head_cost
@@ -24,6 +38,12 @@ FloatArray = npt.NDArray[np.float64]
 
 MOST_PAIRS = 4_000_000
 """Beyond so many pairs of nodes each node keeps its best partners only."""
+
+POOL = 128
+"""Best of each program that candidates are taken from."""
+
+MANY_DONORS = 64
+"""In a larger zoo the best that end in each donor are not asked for one donor at a time."""
 
 PARTNERS = 16
 """Best-scored nodes that a stitch may lead to, from each node, in a zoo beyond ``MOST_PAIRS``."""
@@ -77,7 +97,7 @@ def build_space(
         scores: Of the parts; zero everywhere by default.
     """
     anatomies = [zoo[name].anatomy for name in zoo.names()]
-    nodes = tuple(node for anatomy in anatomies for node in anatomy.nodes)
+    nodes = tuple(zoo_nodes(zoo))
     counts = [len(anatomy.nodes) for anatomy in anatomies]
     first_D = np.concatenate([[0], np.cumsum(counts)])
     donor_V = np.repeat(np.arange(len(counts)), counts)
@@ -165,23 +185,6 @@ def _stitches(
     )
 
 
-def shapes_of(nodes: Sequence[Node]) -> tuple[IntArray, list[Node]]:
-    """The number of each node's shape, and one node of every shape.
-
-    Stitches between nodes of the same shapes cost the same.
-    """
-    numbers: dict[object, int] = {}
-    examples: list[Node] = []
-    shape_V = np.zeros(len(nodes), dtype=np.int64)
-    for place, node in enumerate(nodes):
-        key = (node.layout, node.shape, node.grid, node.num_prefix_tokens)
-        if key not in numbers:
-            numbers[key] = len(examples)
-            examples.append(node)
-        shape_V[place] = numbers[key]
-    return shape_V, examples
-
-
 def _heads(
     nodes: Sequence[Node], places: IntArray, num_classes: int | None, score_V: FloatArray
 ) -> Parts:
@@ -195,3 +198,186 @@ def _heads(
             "flops": np.array([cost.flops for cost in costs], dtype=np.int64),
         },
     )
+
+
+class PathSearch:
+    """The program over a zoo's paths.
+
+    Args:
+        setting: Donors, target, options.
+        advance: Called once a segment whose memory was computed.
+    """
+
+    def __init__(self, setting: Setting, advance: Callable[[], None] = lambda: None) -> None:
+        self.setting, self._advance = setting, advance
+        self._pins = pins_of(setting.config, setting.zoo)
+        self.free, self.stated = self._state(None)
+
+    def _state(self, scores: PathScores | None) -> tuple[FreeSpace, PathProblem]:
+        setting, config = self.setting, self.setting.config
+        free = build_space(
+            setting.zoo,
+            max_stitches=config.max_stitches,
+            kind=setting.stitch,
+            num_classes=setting.num_classes,
+            scores=scores,
+        )
+        budget = config.budget
+        limits = {
+            "params": Limits(minimum=budget.min_params, maximum=budget.max_params),
+            "flops": Limits(minimum=budget.min_flops, maximum=budget.max_flops),
+        }
+        space, peak = free.space, None
+        if setting.latency is not None:
+            space = with_costs(space, "latency", setting.latency.parts(space))
+            limits["latency"] = Limits(maximum=budget.max_latency)
+        if setting.memory is not None:
+            assert budget.max_memory is not None
+            weights, peak_G, last_G = setting.memory.parts(space, free.nodes, self._advance)
+            space = with_costs(space, "memory", weights)
+            peak = Peak(option="memory", peak_G=peak_G, last_G=last_G, maximum=budget.max_memory)
+        stated = path_problem(
+            space,
+            limits,
+            peak=peak,
+            pins=self._pins,
+            excluded=left_out(setting.zoo, config.donors),
+            whole=config.whole,
+            max_donors=config.max_donors,
+        )
+        return dataclasses.replace(free, space=space), stated
+
+    def use_scores(self, scores: PathScores) -> None:
+        """Let the program rank by these."""
+        self.free, self.stated = self._state(scores)
+
+    @property
+    def problem(self) -> AssemblyProblem:
+        return self.stated.problem
+
+    def candidate(self, assembly: Assembly) -> Candidate:
+        refs = self.stated.network(assembly)
+        return Candidate(
+            refs=refs,
+            sets=None,
+            params=assembly.costs[0],
+            flops=assembly.costs[1],
+            program_score=assembly.score / MICRO,
+            latency=self.problem.total("latency", assembly.costs),
+            memory=self.problem.total("memory", assembly.costs),
+            whole=self.setting.is_whole(refs),
+        )
+
+    def check_budget(self) -> None:
+        if best_of(self.problem, 1, self.setting.config).best is None:
+            raise explain_infeasible(self.problem, self.setting)
+
+    def candidates(self) -> tuple[list[Candidate], Proof]:
+        """The best of the program, spread over the sequences of donors.
+
+        The best of all paths may be many versions of one; so the best that end in each donor, and
+        of few stitches, are asked for too, and the sequences of donors then take turns.
+        """
+        ranked, proof = self.setting.solved(self.problem, POOL)
+        if not ranked:
+            raise explain_infeasible(self.problem, self.setting)
+        others = [self.stated.with_stitches(most) for most in range(self._most_stitches)]
+        if len(self.setting.zoo) <= MANY_DONORS:
+            others += [self.stated.ending_in(name) for name in self.setting.zoo.names()]
+        for problem in others:
+            ranked += best_of(problem, POOL, self.setting.config).assemblies
+        ranked = sorted(set(ranked), key=lambda assembly: assembly.order)
+        return in_turns([self.candidate(assembly) for assembly in ranked]), proof
+
+    @property
+    def _most_stitches(self) -> int:
+        return self.setting.config.max_stitches
+
+    def best_slice(self) -> Candidate | None:
+        """The best of the program that is of one donor and no whole donor."""
+        found = best_of(self.stated.within_one_donor(), POOL, self.setting.config)
+        slices = (self.candidate(assembly) for assembly in found.assemblies)
+        return next((candidate for candidate in slices if not candidate.whole), None)
+
+
+def in_turns(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates in another order: the best of each sequence of donors, then the second, ..."""
+    turn_of: dict[tuple[str, ...], int] = {}
+    turns: list[tuple[int, int]] = []
+    for place, candidate in enumerate(candidates):
+        turn = turn_of.get(candidate.sequence, 0)
+        turn_of[candidate.sequence] = turn + 1
+        turns.append((turn, place))
+    return [candidates[place] for _, place in sorted(turns)]
+
+
+def with_costs(space: Space, name: str, costs: tuple[IntArray, IntArray, IntArray]) -> Space:
+    """A space whose segments, stitches and heads have one more cost."""
+    parts = (space.segments, space.stitches, space.heads)
+    segments, stitches, heads = (
+        dataclasses.replace(part, costs={**part.costs, name: cost})
+        for part, cost in zip(parts, costs, strict=True)
+    )
+    return dataclasses.replace(space, segments=segments, stitches=stitches, heads=heads)
+
+
+def left_out(zoo: Zoo, donors: DonorFilter) -> dict[str, list[str]]:
+    """The donors that each option leaves out, by the option."""
+    found: dict[str, list[str]] = {}
+    for name, donor in zoo.donors.items():
+        for option in donors.reasons(donor):
+            found.setdefault(option, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def pins_of(config: AssembleConfig, zoo: Zoo) -> list[Pin]:
+    """The pieces that options name.
+
+    Raises:
+        UsageError: A donor is not in the zoo, or has no such piece.
+    """
+    given = [
+        *(("start", text) for text in (config.start,) if text),
+        *(("end", text) for text in (config.end,) if text),
+        *(("require", text) for text in config.require),
+        *(("exclude", text) for text in config.exclude),
+    ]
+    anatomies = {name: zoo[name].anatomy for name in zoo.names()}
+    pins = []
+    for kind, text in given:
+        piece = parse_piece(text, anatomies)
+        if kind == "start" and piece.start:
+            raise UsageError(
+                f"--start {text}: a network begins at a donor's node 0",
+                f"--start '{piece.donor}[0:{piece.stop}]'",
+            )
+        bare = "[" not in text
+        pins.append(
+            Pin(
+                kind=kind,
+                name=f"--{kind} '{text}'",
+                donor=piece.donor,
+                start=None if bare else piece.start,
+                stop=None if bare else piece.stop,
+            )
+        )
+    return pins
+
+
+def named_network(setting: Setting) -> Candidate:
+    """The network that ``--blocks`` spells out.
+
+    Raises:
+        UsageError: A piece of it is wrong.
+        InfeasibleError: It is not within the budget.
+    """
+    assert setting.config.blocks is not None
+    anatomies = {name: setting.zoo[name].anatomy for name in setting.zoo.names()}
+    candidate = setting.priced(parse_network(setting.config.blocks, anatomies))
+    if not setting.admits(candidate):
+        raise InfeasibleError(
+            f"{candidate} has {candidate.params:,} params and {candidate.flops:,} multiply-adds, "
+            f"which is not within {setting.config.budget}",
+            "change the limits, or leave them out",
+        )
+    return candidate

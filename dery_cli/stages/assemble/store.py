@@ -22,14 +22,15 @@ from dery_cli.io.schema import (
 from dery_cli.zoo import schemas
 from dery_cli.zoo.schemas import COUNT, SCORE, network_data
 
-CANDIDATES_FORMAT = "dery/candidates/1"
+CANDIDATES_FORMAT = "dery/candidates/2"
 _BLOCK = (plain_name, COUNT, COUNT)
-_STITCH = (plain_name, COUNT, plain_name, COUNT)
 
 _SCORED: dict[str, Any] = {
     "network": any_text,
     "whole": boolean,
+    "batch_norm": any_text,
     "blocks": list_of(row(*_BLOCK), least=1),
+    "adapters": list_of(boolean, least=1),
     "params": COUNT,
     "flops": COUNT,
     "program_score": SCORE,
@@ -50,7 +51,7 @@ CANDIDATES = fields(
 
 ASSEMBLY = dataclasses.replace(
     schemas.ASSEMBLY,
-    parents=("partition", "target"),
+    parents=("target",),
     data=network_data(
         {
             "name": any_text,
@@ -73,6 +74,7 @@ ASSEMBLY = dataclasses.replace(
                     "score": SCORE,
                 }
             ),
+            "builds": fields({"scored": COUNT, "tried": COUNT}),
             "licenses": mapping(list_of(plain_name, least=1)),
             "comparison": list_of(
                 fields({"role": any_text, **_SCORED, "mean_r2": SCORE, "test_top1": SCORE}),
@@ -110,13 +112,13 @@ SCORES = Kind(
 )
 LATENCY = Kind(
     name="latency",
-    version=1,
-    parents=("partition",),
+    version=2,
     data=fields(
         {
-            "blocks": list_of(row(*_BLOCK, COUNT)),
-            "stitches": list_of(row(*_STITCH, COUNT)),
-            "wholes": mapping(COUNT, key=plain_name),
+            "units": mapping(list_of(COUNT, least=1), key=plain_name),
+            "heads": list_of(row(COUNT, COUNT)),
+            "stitches": list_of(list_of(COUNT)),
+            "error": SCORE,
         }
     ),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from dery_cli.core.assembly.notation import format_network
 from dery_cli.core.stitching.head import NotFiniteError
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.classes import training_labels
@@ -15,7 +16,7 @@ from dery_cli.errors import UsageError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.types import Donor
+from dery_cli.types import Donor, StitchKind
 from dery_cli.zoo.networks import (
     LoadedAssembly,
     build_network,
@@ -25,7 +26,7 @@ from dery_cli.zoo.networks import (
 )
 from dery_cli.zoo.registry import require_zoo
 from dery_cli.zoo.schemas import ASSEMBLY
-from dery_cli.zoo.whole import WholeDonor, fit_whole_donor, whole_block, whole_cost
+from dery_cli.zoo.whole import WholeDonor, fit_whole_donor, network_cost, whole_block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,27 +125,29 @@ def start_from_donor(workspace: Workspace, name: str, data: DataSet, crop: float
     donor = zoo[name]
     training_labels(data)
     assert data.classes is not None
-    cost = whole_cost(zoo, name, len(data.classes))
+    refs = [whole_block(zoo, name)]
+    cost = network_cost(zoo, refs, len(data.classes), StitchKind.LINEAR)
+    words = format_network(refs)
     record = Artifact(
         kind=ASSEMBLY,
         parents={"weights": donor.weights_sha256},
         data={
             "network": describe_network(
                 zoo,
-                [whole_block(zoo, name)],
+                refs,
                 [None],
                 classes=data.classes,
                 crop=crop,
                 sets=None,
             ),
-            "name": f"whole {name}",
+            "name": words,
             "params": cost.params,
             "flops": cost.flops,
             "target": data.spec,
         },
     )
     assembly = loaded(build_network(record.data["network"]), record)
-    return Start(assembly=assembly, parent=record.sha256, name=f"whole {name}")
+    return Start(assembly=assembly, parent=record.sha256, name=words)
 
 
 def load_donor_weights(

@@ -74,7 +74,7 @@ NETWORK = {
     "input": INPUT.to_json(),
     "crop": 0.95,
     "classes": ["x", "y"],
-    "head_chs": 4,
+    "end": NODES[1].to_json(),
 }
 COMMON = {
     "network": NETWORK,
@@ -86,7 +86,9 @@ COMMON = {
 SCORED = {
     "network": "a[0:1] + a[1:2]",
     "whole": False,
+    "batch_norm": "as it is",
     "blocks": [["a", 0, 1], ["a", 1, 2]],
+    "adapters": [False, True],
     "params": 10,
     "flops": 10,
     "program_score": 0.5,

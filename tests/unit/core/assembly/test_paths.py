@@ -125,8 +125,9 @@ def random_wishes(seed, space):
         limits[name] = Limits(minimum=low, maximum=top)
     peak = None
     if rng.random() < 0.3:
-        peak_G = rng.integers(0, 30, len(space.segments))
-        peak = Peak(option="memory", peak_G=peak_G, maximum=int(rng.integers(20, 90)))
+        peak_G, last_G = rng.integers(0, 30, (2, len(space.segments)))
+        most = int(rng.integers(20, 90))
+        peak = Peak(option="memory", peak_G=peak_G, last_G=last_G, maximum=most)
     pins = []
     for kind in ("start", "end", "require", "require", "exclude"):
         if rng.random() < 0.2:
@@ -158,8 +159,10 @@ def obeys(space, path, wishes):
         if limit.maximum is not None and total > limit.maximum:
             return False
     peak = wishes["peak"]
-    if peak is not None and costs[2] + max(int(peak.peak_G[g]) for g in segments) > peak.maximum:
-        return False
+    if peak is not None:
+        peaks = [int(peak.peak_G[g]) for g in segments[:-1]] + [int(peak.last_G[segments[-1]])]
+        if costs[2] + max(peaks) > peak.maximum:
+            return False
     donors = {ref.donor for ref in refs}
     if wishes["max_donors"] is not None and len(donors) > wishes["max_donors"]:
         return False

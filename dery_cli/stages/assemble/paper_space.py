@@ -1,33 +1,43 @@
-"""From the artifacts of embed, sim and partition to the numbers of the assembly program.
+"""The paper's space: the partition's blocks, one a stage and a set (Eq. 8-11).
 
 Blocks get their gains (probe accuracy at the end less that at the beginning), edges the R2 of the
-linear stitch between their nodes, both their exact costs; ``core.assemble`` does the rest.
+linear stitch between their nodes, both their exact costs; ``core.assembly`` does the rest. Whole
+models within the budget join its best.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dery_cli.core.assembly.solve import AssemblyProblem, Filter, Resource
+from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, Filter, Resource
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.features import probe_features
 from dery_cli.core.stitching.joint_r2 import joint_r2, joint_score
-from dery_cli.core.stitching.network import needs_stitch
+from dery_cli.core.assembly.notation import merged, needs_stitch
 from dery_cli.core.stitching.probe import probe_accuracy
 from dery_cli.core.stitching.stitch import StitchCost, stitch_cost
+from dery_cli.stages.assemble.candidates import Candidate, Proof, unique
 from dery_cli.stages.assemble.config import AssembleConfig, DonorFilter
+from dery_cli.stages.assemble.costs import block_resources
+from dery_cli.stages.assemble.explain import explain_infeasible
+from dery_cli.stages.assemble.setting import MICRO, Setting, best_of
 from dery_cli.stages.embed.store import Embeddings
+from dery_cli.stages.partition.store import StoredPartition
 from dery_cli.types import BlockRef, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.whole import head_cost
 
-MICRO = 1_000_000
+CANDIDATES = 32
+"""Best of the program that are built."""
+
+JOINT_WEIGHT = 0.1
+"""Of the joints' log R2 beside the blocks' gains."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +177,7 @@ def build_problem(
 ) -> AssemblyProblem:
     """The program of Eq. 8-11 in integers.
 
-    Score: the summed gains of the blocks (where there are labels) plus ``config.joint_weight``
+    Score: the summed gains of the blocks (where there are labels) plus ``JOINT_WEIGHT``
     times the summed log max(R2, 0.01) of the joints, rounded to millionths.
 
     Args:
@@ -191,7 +201,7 @@ def build_problem(
         flops_B.append(anatomy.flops(block.ref.start, block.ref.stop) + extra.flops)
     pairs = sorted(joints)
     costs = [joints[pair].cost for pair in pairs]
-    weight = config.joint_weight if gains is not None else 1.0
+    weight = JOINT_WEIGHT if gains is not None else 1.0
     score_B = [0 if gains is None else round(MICRO * gains[b.ref]) for b in blocks]
     score_E = [round(MICRO * weight * joint_score(joints[pair].r2)) for pair in pairs]
     budget = config.budget
@@ -242,19 +252,128 @@ def donor_filters(
     )
 
 
-def merged(refs: Sequence[BlockRef]) -> tuple[BlockRef, ...]:
-    """The blocks with neighbours of one donor joined, so that equal networks compare equal."""
-    out: list[BlockRef] = []
-    for ref in refs:
-        if out and not needs_stitch(out[-1], ref):
-            out[-1] = BlockRef(ref.donor, out[-1].start, ref.stop)
-        else:
-            out.append(ref)
-    return tuple(out)
+def placed_blocks(stored: StoredPartition) -> list[PlacedBlock]:
+    """The partition's blocks, stage by stage, donors in order."""
+    blocks = [
+        PlacedBlock(ref=stored.block(donor, stage), stage=stage, set_index=index)
+        for donor, sets in enumerate(stored.partition.sets)
+        for stage, index in enumerate(sets)
+    ]
+    return sorted(blocks, key=lambda block: (block.stage, block.ref))
 
 
-def geometric_mean(values: Sequence[float]) -> float | None:
-    """Of the joints' R2, as a summary of an assembly; None where there is no joint."""
-    if not values:
-        return None
-    return math.exp(sum(joint_score(value) for value in values) / len(values))
+class PaperSpace:
+    """The program over a partition, and the whole models beside it.
+
+    Args:
+        setting: Donors, target, options.
+        partition: Of the same donors.
+    """
+
+    def __init__(self, setting: Setting, partition: StoredPartition) -> None:
+        self.setting, self.partition = setting, partition
+        self.blocks = placed_blocks(partition)
+        self._joints = joint_costs(self.blocks, setting.zoo, setting.stitch)
+        self.problem = self._stated(None, self._joints)
+
+    def _stated(
+        self,
+        gains: Mapping[BlockRef, float] | None,
+        joints: Mapping[tuple[int, int], Joint],
+    ) -> AssemblyProblem:
+        setting = self.setting
+        return build_problem(
+            self.blocks,
+            setting.zoo,
+            joints,
+            gains,
+            num_classes=setting.num_classes,
+            config=setting.config,
+            more=block_resources(
+                setting.latency,
+                setting.memory,
+                setting.config.budget,
+                [block.ref for block in self.blocks],
+                np.array([block.stage for block in self.blocks], dtype=np.int64),
+                sorted(joints),
+            ),
+        )
+
+    def scores(self, advance: Callable[[str], None]) -> dict[str, Any]:
+        """Gains and joints as the scores artifact keeps them: no budget or filter enters.
+
+        Args:
+            advance: Called ``num_scores`` times with what was done.
+        """
+        gains = self._gains(lambda: advance("probing blocks"))
+        embeddings = self.setting.embeddings
+        joints = score_joints(self.blocks, embeddings, lambda: advance("scoring joints"))
+        return {
+            "gains": None
+            if gains is None
+            else [[b.ref.donor, b.ref.start, b.ref.stop, gains[b.ref]] for b in self.blocks],
+            "joints": [[*pair, r2] for pair, r2 in sorted(joints.items())],
+        }
+
+    @property
+    def num_scores(self) -> int:
+        labelled = self.setting.target.labels is not None
+        return len(self.setting.zoo) * labelled + len(self.blocks)
+
+    def use_scores(self, scores: Mapping[str, Any]) -> None:
+        """Let the program rank by the scores artifact's data."""
+        gains = None
+        if scores["gains"] is not None:
+            gains = {BlockRef(*entry[:3]): float(entry[3]) for entry in scores["gains"]}
+        joints = dict(self._joints)
+        for before, after, r2 in scores["joints"]:
+            joints[before, after] = dataclasses.replace(joints[before, after], r2=r2)
+        self.problem = self._stated(gains, joints)
+
+    def _gains(self, advance: Callable[[], None]) -> dict[BlockRef, float] | None:
+        """Probe accuracy gained by every block; None without labels."""
+        setting = self.setting
+        labels, num_classes = setting.target.labels, setting.num_classes
+        if labels is None or num_classes is None:
+            return None
+        accuracy: dict[tuple[str, int], float] = {}
+        for donor, nodes in boundary_nodes(self.blocks).items():
+            batches = iter(setting.builder.view(donor))
+            found = probe_nodes(setting.donors[donor], nodes, batches, labels, num_classes)
+            accuracy.update({(donor, node): q for node, q in found.items()})
+            accuracy[donor, 0] = 1 / num_classes
+            advance()
+        return {
+            b.ref: accuracy[b.ref.donor, b.ref.stop] - accuracy[b.ref.donor, b.ref.start]
+            for b in self.blocks
+        }
+
+    def candidate(self, assembly: Assembly) -> Candidate:
+        members = [self.blocks[number] for number in assembly.blocks]
+        refs = tuple(member.ref for member in members)
+        return Candidate(
+            refs=refs,
+            sets=tuple(member.set_index for member in members),
+            params=assembly.costs[0],
+            flops=assembly.costs[1],
+            program_score=assembly.score / MICRO,
+            latency=self.problem.total("latency", assembly.costs),
+            memory=self.problem.total("memory", assembly.costs),
+            whole=self.setting.is_whole(merged(refs)),
+        )
+
+    def check_budget(self) -> None:
+        wholes = self.setting.whole_candidates()
+        if not wholes and best_of(self.problem, 1, self.setting.config).best is None:
+            raise explain_infeasible(self.problem, self.setting)
+
+    def candidates(self) -> tuple[list[Candidate], Proof]:
+        setting = self.setting
+        ranked, proof = setting.solved(self.problem, CANDIDATES)
+        found = [self.candidate(assembly) for assembly in ranked]
+        # a whole model joins as one block, exempt from the sets
+        chosen = [candidate for candidate in found if not candidate.whole]
+        chosen = unique([*chosen, *setting.whole_candidates()])
+        if not chosen:
+            raise explain_infeasible(self.problem, setting)
+        return chosen, proof

@@ -1,0 +1,174 @@
+"""From candidates to the pick: built, ranked by a proxy, the best tried, controls beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from dery_cli.core.assembly.frontier import random_feasible
+from dery_cli.errors import DeryError
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.stages.assemble.build import FOLDS
+from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, unique
+from dery_cli.stages.assemble.memo import Memo
+from dery_cli.stages.assemble.setting import SearchSpace, Setting
+from dery_cli.types import BlockRef
+from dery_cli.zoo.plugin import find_proxy
+
+ADAPTERS = 3
+"""Places, evenly spread over a whole donor, that an adapter is tried at."""
+
+PICKED = "picked"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was built and tried, and what came of it.
+
+    Args:
+        scored: All that was built.
+        compared: The pick, then the controls, each with its role.
+        tried: How many were cross-validated.
+    """
+
+    scored: list[Scored]
+    compared: list[tuple[str, Scored]]
+    tried: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Control:
+    """What the pick is compared with: the best of these, by the same trial.
+
+    Args:
+        role: In words.
+        candidates: All within the budget.
+    """
+
+    role: str
+    candidates: list[Candidate]
+
+
+class Chooser:
+    """Scores, tries and picks.
+
+    Args:
+        terminal: Shows progress.
+        setting: Donors, target, options.
+        proxy: Name of what ranks built networks.
+        memo: What earlier builds came to.
+    """
+
+    def __init__(self, terminal: Terminal, setting: Setting, proxy: str, memo: Memo) -> None:
+        self._terminal, self._setting, self._memo = terminal, setting, memo
+        self._proxy_name, self._proxy = proxy, find_proxy(proxy)
+
+    def score(self, candidates: Sequence[Candidate], what: str) -> list[Scored]:
+        """Build each with closed-form stitches and ask the proxy."""
+        builder = self._setting.builder
+        with self._terminal.progress(what, len(candidates)) as bar:
+            found = []
+            for candidate in candidates:
+                scored = self._memo.scored(candidate, self._proxy_name)
+                if scored is None:
+                    scored = builder.score(candidate, self._proxy)
+                    self._memo.keep_scored(scored, self._proxy_name)
+                found.append(scored)
+                bar.advance()
+        return found
+
+    def try_out(self, entries: Sequence[Scored]) -> list[Scored]:
+        """The same with their cross-validated accuracy."""
+        known = {e.candidate.key: self._memo.held_out(e.candidate) for e in entries}
+        missing = [e.candidate for e in entries if known[e.candidate.key] is None]
+        if missing:
+            with self._terminal.progress("cross-validating the best", FOLDS * len(missing)) as bar:
+                values = self._setting.builder.cross_validate(missing, bar.advance)
+            for candidate, value in zip(missing, values, strict=True):
+                self._memo.keep_held_out(candidate, value)
+                known[candidate.key] = value
+        return [dataclasses.replace(e, held_out=known[e.candidate.key]) for e in entries]
+
+    def choose(
+        self,
+        candidates: Sequence[Candidate],
+        controls: Sequence[Control],
+        *,
+        num_finalists: int,
+        forced: bool = False,
+    ) -> Choice:
+        """The pick and its controls.
+
+        The proxy ranks; where the target has labels, the best by it and all controls are
+        cross-validated as they would be delivered, which decides.
+
+        Args:
+            candidates: To build.
+            controls: To compare with; a control that wins the trial is the pick.
+            num_finalists: Best by proxy that are cross-validated.
+            forced: Pick the first candidate, whatever the others come to.
+
+        Raises:
+            DeryError: The proxy gives no candidate a finite score.
+        """
+        scored = self.score(candidates, "building candidates")
+        if not any(math.isfinite(entry.proxy) for entry in scored):
+            raise DeryError(
+                f"the proxy {self._proxy_name} gives no candidate a finite score",
+                "choose another --proxy, or leave it out",
+            )
+        largest = max(scored, key=lambda entry: entry.candidate.params)
+        built = {entry.candidate.key: entry for entry in scored}
+        others = unique([c for control in controls for c in control.candidates])
+        missing = [c for c in others if c.key not in built]
+        if missing:
+            for entry in self.score(missing, "building controls"):
+                built[entry.candidate.key] = entry
+        tried = 0
+        if num_finalists and self._setting.builder.can_cross_validate:
+            last = [*finalists(scored, num_finalists), largest, *(built[c.key] for c in others)]
+            last = list({entry.candidate.key: entry for entry in last}.values())
+            built.update({e.candidate.key: e for e in self.try_out(last)})
+            tried = len(last)
+        everything = list(built.values())
+        best = built[candidates[0].key] if forced else pick(everything)
+        compared = [(PICKED, best)]
+        for control in controls:
+            if control.candidates:
+                entries = [built[c.key] for c in control.candidates]
+                compared.append((control.role, pick(entries)))
+        compared.append(("largest candidate", built[largest.candidate.key]))
+        return Choice(scored=everything, compared=compared, tried=tried)
+
+
+def whole_controls(setting: Setting, scored: Sequence[Scored]) -> list[Control]:
+    """The best whole donor by proxy: plain, with batch norm re-estimated, and with adapters."""
+    wholes = [entry for entry in scored if entry.candidate.whole]
+    if not wholes:
+        return []
+    best = pick(wholes).candidate
+    ref = best.refs[0]
+    variants = [best, setting.priced((ref,), reestimated=True)]
+    if setting.target.labels is not None:
+        places = sorted({round(ref.stop * k / (ADAPTERS + 1)) for k in range(1, ADAPTERS + 1)})
+        variants += [
+            setting.priced(
+                (
+                    BlockRef(ref.donor, 0, place),
+                    BlockRef(ref.donor, place, ref.stop, adapter=True),
+                )
+            )
+            for place in places
+            if 0 < place < ref.stop
+        ]
+    fitting = [variant for variant in variants if setting.admits(variant)]
+    return [Control(role="best whole donor", candidates=fitting)]
+
+
+def random_control(setting: Setting, space: SearchSpace, role: str) -> list[Control]:
+    """A network within the budget drawn by the seed."""
+    drawn = random_feasible(space.problem, np.random.default_rng(setting.config.seed))
+    return [] if drawn is None else [Control(role=role, candidates=[space.candidate(drawn)])]

@@ -1,0 +1,139 @@
+"""What built networks came to, kept from one run to the next: it saves time and changes nothing.
+
+One small record a figure, below ``builds/<target>/``. A figure is looked up by all that it follows
+from (the network, its donors' weights, the target's images, the options of building), so that other
+budgets find it too, and a killed run goes on with what it had.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.io.artifacts import made_of_the_same, write_record
+from dery_cli.io.records import Artifact, Kind, json_sha256
+from dery_cli.io.schema import boolean, fields, list_of, number, optional
+from dery_cli.stages.assemble.candidates import Candidate, Scored
+from dery_cli.stages.assemble.setting import Setting
+from dery_cli.types import StitchKind
+from dery_cli.zoo.plugin import PROXY_GROUP, is_built_in
+from dery_cli.zoo.schemas import SCORE
+
+_FIT = fields(
+    {
+        "r2": SCORE,
+        "class_weight": number(),
+        "prefix_r2": SCORE,
+        "position": optional(boolean),
+    }
+)
+BUILD = Kind(
+    name="build",
+    version=1,
+    parents=("target",),
+    data=fields({"value": SCORE}, {"fits": list_of(optional(_FIT))}),
+)
+
+
+class Memo:
+    """Figures of built networks.
+
+    Args:
+        folder: Of the target's.
+        setting: What networks are built of.
+        target: Hash of the target's images.
+    """
+
+    def __init__(self, folder: Path, setting: Setting, target: str) -> None:
+        self._folder, self._setting, self._target = folder, setting, target
+
+    def scored(self, candidate: Candidate, proxy: str) -> Scored | None:
+        """A candidate as a proxy scored it once; None where it has to be built."""
+        if not is_built_in(PROXY_GROUP, proxy):  # nobody tells when another's code changes
+            return None
+        found = self._find(self._wanted(candidate, f"proxy {proxy}"))
+        if found is None or found["value"] is None:
+            return None
+        kind = StitchKind(self._setting.config.stitch)
+        fits = tuple(None if f is None else StitchFit(kind, **f) for f in found["fits"])
+        return Scored(candidate=candidate, proxy=found["value"], fits=fits)
+
+    def keep_scored(self, scored: Scored, proxy: str) -> None:
+        """Remember what ``scored`` gives back; scores that are not finite are asked for again."""
+        if not is_built_in(PROXY_GROUP, proxy) or abs(scored.proxy) == float("inf"):
+            return
+        fits = [
+            None
+            if fit is None
+            else {
+                "r2": fit.r2,
+                "class_weight": fit.class_weight,
+                "prefix_r2": fit.prefix_r2,
+                "position": fit.position,
+            }
+            for fit in scored.fits
+        ]
+        self._keep(
+            self._wanted(scored.candidate, f"proxy {proxy}"), {"value": scored.proxy, "fits": fits}
+        )
+
+    def held_out(self, candidate: Candidate) -> float | None:
+        """The cross-validated accuracy; None where it has to be found."""
+        found = self._find(self._wanted(candidate, "held out"))
+        return None if found is None else found["value"]
+
+    def keep_held_out(self, candidate: Candidate, value: float) -> None:
+        """Remember a cross-validated accuracy."""
+        self._keep(self._wanted(candidate, "held out"), {"value": value})
+
+    def _wanted(self, candidate: Candidate, what: str) -> Artifact:
+        config, zoo = self._setting.config, self._setting.zoo
+        donors = sorted({ref.donor for ref in candidate.refs})
+        return Artifact(
+            kind=BUILD,
+            parents={
+                "target": self._target,
+                **{f"weights/{name}": zoo[name].weights_sha256 for name in donors},
+            },
+            options={
+                "what": what,
+                "network": str(candidate),
+                "blocks": [[r.donor, r.start, r.stop, r.adapter] for r in candidate.refs],
+                "batch_norm": candidate.reestimated,
+                "inputs": {name: zoo[name].input.to_json() for name in donors},
+                "stitch": config.stitch,
+                "match": config.match,
+                "fit_samples": config.fit_samples,
+                "target_samples": config.target_samples,
+                "crop": self._setting.target.crop,
+                "batch_size": self._setting.target.batch_size,
+            },
+            seed=config.seed,
+        )
+
+    def _path(self, wanted: Artifact) -> Path:
+        key = json_sha256(
+            {
+                "parents": dict(wanted.parents),
+                "options": dict(wanted.options),
+                "seed": wanted.seed,
+            }
+        )
+        return self._folder / f"{key[:24]}.json"
+
+    def _find(self, wanted: Artifact) -> dict[str, Any] | None:
+        found = made_of_the_same(self._path(wanted), wanted)
+        return None if found is None else dict(found.data)
+
+    def _keep(self, wanted: Artifact, data: dict[str, Any]) -> None:
+        write_record(
+            self._path(wanted),
+            Artifact(
+                kind=BUILD,
+                parents=wanted.parents,
+                options=wanted.options,
+                seed=wanted.seed,
+                data=data,
+            ),
+        )

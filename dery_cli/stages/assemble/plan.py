@@ -1,0 +1,87 @@
+"""How much is built and tried: as much as an allowance of multiply-adds pays for.
+
+The allowance is ``--effort`` passes of all donors over the target's images; half of it is for
+building and scoring, half for cross-validation. It is counted, never timed, so that a slow machine
+and a fast one build the same networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from dery_cli.stages.assemble.build import FOLDS
+from dery_cli.stages.assemble.candidates import Candidate
+from dery_cli.stages.assemble.paper_space import CANDIDATES
+from dery_cli.stages.assemble.setting import Setting
+
+LEAST_BUILDS, MOST_BUILDS = 8, 128
+"""So many are built whatever the allowance."""
+
+LEAST_FINALISTS, MOST_FINALISTS = 4, 32
+"""Likewise of those that are cross-validated."""
+
+PAPER_FINALISTS = 8
+"""Cross-validated in the paper's space."""
+
+_PASSES_OF_A_FIT = 3
+"""Over the images that stitches are fitted on, a build takes about so many passes of its network:
+what it delivers, what the donors have there, and batch norm anew."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is built and tried.
+
+    Args:
+        builds: Candidates that are built and scored.
+        finalists: The best of them by proxy that are cross-validated; 0 where the proxy decides.
+        work: Multiply-adds of all that, about.
+    """
+
+    builds: int
+    finalists: int
+    work: int
+
+
+def zoo_pass(setting: Setting) -> int:
+    """Multiply-adds of all donors over the target's images, once."""
+    zoo = setting.zoo
+    one = sum(zoo[name].anatomy.flops(0, zoo[name].anatomy.num_units) for name in zoo.names())
+    return one * len(setting.target.indices)
+
+
+def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Plan:
+    """What the allowance pays for, of candidates in their order.
+
+    With another proxy than the probe, which is asked for by name, the proxy decides alone. In the
+    paper's space as many are built as always were.
+    """
+    target = setting.target
+    images, fitted = len(target.indices), len(target.fit_indices)
+    half = setting.config.effort * zoo_pass(setting) / 2
+    costs = [c.flops * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
+    builds = _affordable(costs, half, LEAST_BUILDS, MOST_BUILDS)
+    # labels in the stitches are tried at several weights
+    tries = [c.flops * FOLDS * 2 * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
+    finalists = _affordable(tries[:builds], half, LEAST_FINALISTS, MOST_FINALISTS)
+    if setting.config.space == "paper":
+        builds, finalists = min(len(candidates), CANDIDATES + len(setting.zoo)), PAPER_FINALISTS
+    if proxy != "probe" or not setting.builder.can_cross_validate:
+        finalists = 0
+    return Plan(
+        builds=builds,
+        finalists=finalists,
+        work=sum(costs[:builds]) + sum(tries[:finalists]),
+    )
+
+
+def _affordable(costs: Sequence[int], allowance: float, least: int, most: int) -> int:
+    """How many in a row an allowance pays for, between two limits."""
+    total, count = 0, 0
+    for cost in costs[:most]:
+        total += cost
+        if total > allowance and count >= least:
+            break
+        count += 1
+    return count

@@ -1,0 +1,148 @@
+"""What has to be there before anything is searched: stages, target, measured costs, the record."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dery_cli.data.samples import choose_target, fingerprint
+from dery_cli.data.sets import DataSet, open_checked
+from dery_cli.errors import StaleError, UsageError
+from dery_cli.io.artifacts import Workspace, unchanged, write_record
+from dery_cli.io.records import Artifact
+from dery_cli.runtime.devices import pick_device
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.stages.assemble.config import AssembleConfig
+from dery_cli.stages.assemble.costs import REPEATS, WARMUP, LatencyTable, latency_options
+from dery_cli.stages.assemble.setting import Setting
+from dery_cli.stages.assemble.store import ASSEMBLY, LATENCY
+from dery_cli.stages.assemble.target import Target, choose_fit
+from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
+from dery_cli.stages.partition.store import StoredPartition, require_partition
+from dery_cli.zoo.registry import require_zoo
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One ``dery assemble`` from the moment that its inputs are known.
+
+    Args:
+        terminal: Shows progress.
+        space: The workspace, whose lock is held.
+        setting: Donors, target, options.
+        partition: Of the donors; None in the free space where there is none that is current.
+        record: What the artifact will be recorded as.
+        proxy: Name of what ranks built networks.
+    """
+
+    terminal: Terminal
+    space: Workspace
+    setting: Setting
+    partition: StoredPartition | None
+    record: Artifact
+    proxy: str
+
+
+def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job:
+    """Check the stages before, open the target, and say what the record and the proxy will be."""
+    zoo = require_zoo(space)
+    embeddings = read_embeddings(space, zoo)
+    for warning in embeddings.warnings:
+        terminal.warn(warning)
+    partition = _partition(terminal, space, embeddings, config)
+    target = _target(terminal, embeddings, config)
+    proxy = config.proxy or ("naswot" if target.labels is None else "probe")
+    if proxy == "probe" and target.labels is None:
+        raise UsageError(
+            f"--proxy probe needs labels, which {target.data.spec} has not",
+            "--data with class folders, or --proxy naswot",
+        )
+    parents = {
+        "target": fingerprint(target.data.train, target.indices),
+        **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
+    }
+    if partition is not None:
+        parents["partition"] = partition.record.sha256
+    record = Artifact(
+        kind=ASSEMBLY,
+        parents=parents,
+        options={
+            **config.options(),
+            "data": target.data.spec,
+            "skip_bad": target.data.skip_bad,
+            "proxy": proxy,
+        },
+        seed=config.seed,
+    )
+    setting = Setting(space, embeddings, target, config)
+    job = Job(terminal, space, setting, partition, record, proxy)
+    if config.budget.max_latency is not None:
+        job = dataclasses.replace(job, record=_with_latency(job))
+    if config.budget.max_memory is not None:
+        setting.use_memory()
+    return job
+
+
+def _partition(
+    terminal: Terminal, space: Workspace, embeddings: Embeddings, config: AssembleConfig
+) -> StoredPartition | None:
+    """The partition, which the paper's space needs, and the free space takes a control from."""
+    if config.space == "paper":
+        return require_partition(space, embeddings)
+    if config.blocks is not None:
+        return None
+    try:
+        return require_partition(space, embeddings)
+    except StaleError as error:
+        terminal.note(f"{error.message}: the best of the paper's space is left out")
+        return None
+
+
+def _target(terminal: Terminal, embeddings: Embeddings, config: AssembleConfig) -> Target:
+    """The target's images."""
+    if config.data is None:
+        data = _calibration(terminal, embeddings, config.skip_bad)
+    else:
+        data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
+    indices = choose_target(data, config.target_samples, config.seed)
+    return Target(
+        data=data,
+        indices=indices,
+        fit_indices=choose_fit(indices, config.fit_samples, config.seed),
+        crop=embeddings.calibration.crop,
+        batch_size=embeddings.calibration.batch_size,
+        device=pick_device(config.device),
+        workers=config.workers,
+    )
+
+
+def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:
+    """The data that were embedded, which must be what they were."""
+    used = embeddings.calibration
+    data = open_checked(terminal, used.spec, skip_bad=skip_bad or used.skip_bad)
+    if fingerprint(data.train, used.indices) != used.digest:
+        raise StaleError(
+            f"the images of {used.spec} changed since dery embed",
+            embed_command(dict(embeddings.options), embeddings.seed),
+        )
+    return data
+
+
+def _with_latency(job: Job) -> Artifact:
+    """The record with measured latencies among its parents; they are measured or those kept."""
+    setting, target = job.setting, job.setting.target
+    wanted = Artifact(
+        kind=LATENCY,
+        parents={f"weights/{n}": d.weights_sha256 for n, d in setting.zoo.donors.items()},
+        options=latency_options(
+            target.device, setting.stitch, setting.config.latency_batch, target.num_classes
+        ),
+    )
+    kept = unchanged(job.space.latency, wanted)
+    if kept is None:
+        with job.terminal.progress("timing units and stitches", WARMUP + REPEATS) as bar:
+            table = setting.measured_latency(bar.advance)
+        kept = write_record(job.space.latency, dataclasses.replace(wanted, data=table.to_json()))
+    else:
+        job.terminal.detail("latencies are those of an earlier run")
+    setting.latency = LatencyTable.from_json(kept.data, setting.zoo, target.num_classes)
+    return dataclasses.replace(job.record, parents={**job.record.parents, "latency": kept.sha256})
