@@ -1,7 +1,7 @@
 """What a joint between any two nodes would lose, for all pairs of a zoo, before anything is built.
 
 Legend: N images, C source channels, D classes, K dimensions of logits that are kept, V target
-nodes, S images that distributions are compared on.
+nodes, S images that distributions are compared on, M mixtures of logits.
 
 A stitch regresses a target node's features on a source node's. Ridge followed by a linear probe is
 linear, so the source may be regressed on the *logits* of the target's probe at once: a few columns
@@ -31,7 +31,7 @@ MAX_DIMS = 64
 MAX_MIXTURES = 8
 """A penalty is chosen on so many random mixtures of a target's logits, or on all if these are few.
 """
-KL_ENTRIES = 1 << 18
+KL_ENTRIES = 1 << 16
 MIN_KL_IMAGES = 256
 """Distributions are compared on all images, or on as many as have ``KL_ENTRIES`` logits."""
 
@@ -87,20 +87,22 @@ class JointTargets:
 
     Args:
         code_NVK: Centred logits, projected where there are more than ``MAX_DIMS`` classes.
+        mixture_NVM: Columns whose squared errors stand for those of all.
         mean_VD: What was taken from the logits.
         basis_VKD: What they were projected on; None where they were not.
         spread_V: Squares of the codes about the means of the other folds: what R2 is a share of.
         chosen_S: The images on which distributions are compared.
-        own_SVD: The targets' own distributions there.
+        own_VSD: The targets' own distributions there.
         label_S: Classes there.
         spans: The folds.
     """
 
     code_NVK: Tensor
+    mixture_NVM: Tensor
     mean_VD: Tensor
     basis_VKD: Tensor | None
     spread_V: Tensor
-    own_SVD: Tensor
+    own_VSD: Tensor
     chosen_S: Tensor
     label_S: Tensor
     spans: Spans
@@ -124,13 +126,14 @@ class JointTargets:
             spread_V += (fold_HVK - others_VK).square().sum((0, 2))
         compared = min(count, max(MIN_KL_IMAGES, KL_ENTRIES // num_classes))
         chosen_S = torch.arange(compared) * count // compared
-        told_SVD = _logits(code_NVK[chosen_S], mean_VD, basis_VKD)
+        told_VSD = _logits(code_NVK[chosen_S], mean_VD, basis_VKD)
         return cls(
             code_NVK=code_NVK,
+            mixture_NVM=_mixtures(code_NVK),
             mean_VD=mean_VD,
             basis_VKD=basis_VKD,
             spread_V=spread_V,
-            own_SVD=told_SVD.softmax(-1),
+            own_VSD=told_VSD.softmax(-1),
             chosen_S=chosen_S,
             label_S=label_N[order_N][chosen_S],
             spans=spans,
@@ -167,7 +170,7 @@ def joint_losses(x_NC: Tensor, chunks: Iterable[JointTargets]) -> JointLosses:
     maps: dict[float, HeldOutMap] = {}
     found = []
     for targets in chunks:
-        penalties = smoother.best_penalties(_mixtures(targets.code_NVK))
+        penalties = smoother.best_penalties(targets.mixture_NVM)
         told_NVK = torch.empty_like(targets.code_NVK)
         for penalty in sorted(set(penalties)):
             if penalty not in maps:
@@ -184,17 +187,17 @@ def joint_losses(x_NC: Tensor, chunks: Iterable[JointTargets]) -> JointLosses:
 
 
 def _losses(told_NVK: Tensor, targets: JointTargets) -> JointLosses:
-    error_V = (told_NVK - targets.code_NVK).square_().sum((0, 2)).double()
+    error_V = (told_NVK - targets.code_NVK).square_().sum(0).double().sum(1)
     r2_V = torch.where(targets.spread_V > 0, 1 - error_V / targets.spread_V, 0.0)
-    told_SVD = _logits(told_NVK[targets.chosen_S], targets.mean_VD, targets.basis_VKD)
-    log_SVD = told_SVD.log_softmax(-1)
-    own_V = torch.special.entr(targets.own_SVD).sum((0, 2)).double()
-    crossed_V = -torch.einsum("svd,svd->v", targets.own_SVD, log_SVD).double()
-    label_SV1 = targets.label_S[:, None, None].expand(-1, log_SVD.shape[1], 1)
+    told_VSD = _logits(told_NVK[targets.chosen_S], targets.mean_VD, targets.basis_VKD)
+    log_VSD = told_VSD.log_softmax(-1)
+    own_V = torch.special.entr(targets.own_VSD).sum((1, 2)).double()
+    crossed_V = -(targets.own_VSD * log_VSD).sum((1, 2)).double()
+    images_S = torch.arange(len(targets.label_S))
     return JointLosses(
         r2_V=r2_V,
-        kl_V=((crossed_V - own_V) / len(log_SVD)).clamp(min=0),
-        cross_entropy_V=-log_SVD.gather(2, label_SV1)[..., 0].double().mean(0),
+        kl_V=((crossed_V - own_V) / len(images_S)).clamp(min=0),
+        cross_entropy_V=-log_VSD[:, images_S, targets.label_S].double().mean(1),
     )
 
 
@@ -210,13 +213,14 @@ def _principal(centred_ND: Tensor) -> Tensor:
 
 
 def _logits(code_SVK: Tensor, mean_VD: Tensor, basis_VKD: Tensor | None) -> Tensor:
-    if basis_VKD is not None:
-        code_SVK = torch.einsum("svk,vkd->svd", code_SVK, basis_VKD)
-    return code_SVK + mean_VD
+    """(V, S, D)."""
+    code_VSK = code_SVK.transpose(0, 1).contiguous()
+    logits_VSD = code_VSK if basis_VKD is None else torch.bmm(code_VSK, basis_VKD)
+    return logits_VSD + mean_VD[:, None]
 
 
 def _mixtures(code_NVK: Tensor) -> Tensor:
-    """Columns whose squared errors stand for those of all."""
+    """Few columns, random mixtures of all."""
     dims = code_NVK.shape[2]
     if dims <= MAX_MIXTURES:
         return code_NVK
