@@ -100,17 +100,17 @@ def fit_classifier(
     """
     with few_threads(min(x_NC.shape)):
         label_N = label_N.cpu()
-        z_NC, mean_C, scale_C = _standardised(x_NC)
+        z_NC, mean_C, scale_C = standardised(x_NC)
         target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
         parts = _parts(z_NC, label_N, folds)
         asked_N = torch.ones(len(label_N), dtype=torch.bool)
         if held_out is not None:
-            parts = [HeldOut(_standardised(part.x_NC)[0], part.asked_N.cpu()) for part in held_out]
+            parts = [HeldOut(standardised(part.x_NC)[0], part.asked_N.cpu()) for part in held_out]
             asked_N = torch.stack([part.asked_N for part in parts]).any(0)
             if not asked_N.any():
                 raise ValueError("no sample was held out from what made the features")
         best, score_ND, accuracy = _chosen(parts, target_ND, asked_N)
-        temperature = _best_temperature(score_ND, label_N[asked_N])
+        temperature = best_temperature(score_ND, label_N[asked_N])
         weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (RIDGE_PENALTIES[best],))[0]
         weight_CD = temperature * weight_CD * scale_C[:, None]
         bias_D = temperature * offset_D - mean_C @ weight_CD
@@ -137,7 +137,7 @@ def _chosen(
     return best, score_PND[best], float(hits_P[best])
 
 
-def _standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each channel less its mean over its deviation; the means and the factors."""
     x_NC = x_NC.double().cpu()
     mean_C, std_C = x_NC.mean(0), x_NC.std(0, correction=0)
@@ -173,7 +173,7 @@ def _held_out_scores(parts: Sequence[HeldOut], y_ND: Tensor) -> Tensor:
     return score_PND
 
 
-def _best_temperature(score_ND: Tensor, label_N: Tensor) -> float:
+def best_temperature(score_ND: Tensor, label_N: Tensor) -> float:
     """The factor from 1 to 100 of the lowest cross-entropy, which is convex in it."""
 
     def loss(factor: float) -> float:
@@ -194,7 +194,7 @@ def probe_error(x_NC: Tensor, label_N: Tensor, num_classes: int, *, folds: int =
     Finer than the accuracy: it tells two feature sets apart on a few hundred samples.
     """
     with few_threads(min(x_NC.shape)):
-        z_NC, _, _ = _standardised(x_NC)
+        z_NC, _, _ = standardised(x_NC)
         label_N = label_N.cpu()
         target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
         score_PND = _held_out_scores(_parts(z_NC, label_N, folds), target_ND)
