@@ -21,7 +21,7 @@ from dery_cli.commands._options import (
 from dery_cli.commands._tables import COST_COLUMNS, cost_cells
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import parse_size, parse_time, show_count, show_decimals, show_time
-from dery_cli.stages.assemble.config import FINALISTS, AssembleConfig, Budget, DonorFilter
+from dery_cli.stages.assemble.config import SPACES, AssembleConfig, Budget, DonorFilter, refuse_gone
 
 if TYPE_CHECKING:
     from dery_cli.stages.assemble.run import Assembled, Frontier
@@ -76,7 +76,12 @@ def assemble(
         list[str] | None, typer.Option("--include", help="Use these donors only; may be repeated.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", help="Leave this donor out; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="DONOR|PIECE",
+            help="Leave this donor out, or this piece of one: a[0:4]; may be repeated.",
+        ),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Use donors registered at this side only.")
@@ -98,29 +103,57 @@ def assemble(
     data: DataOption = None,
     skip_bad: SkipBadOption = False,
     name: Annotated[str, typer.Option("--name", help="Name of the assembly.")] = "default",
-    candidates: Annotated[
-        int,
-        typer.Option("--candidates", "-n", help="Best of the program that are built and scored."),
-    ] = AssembleConfig.candidates,
-    proxy: Annotated[
-        str | None,
-        typer.Option("--proxy", help="Score of those built: probe (needs labels), naswot, params."),
-    ] = None,
-    finalists: Annotated[
-        int | None,
+    space: Annotated[
+        str,
         typer.Option(
-            "--finalists",
-            help="Best by the proxy that are tried as they would be delivered, on labelled target "
-            "images they were not made on, which decides; with 0 the proxy does. By default "
-            f"{FINALISTS} with probe, 0 with another proxy.",
+            "--space",
+            help=f"Networks to choose from, {' or '.join(SPACES)}: every path through the donors, "
+            "or one block a stage and an equivalence set of the partition.",
+        ),
+    ] = AssembleConfig.space,
+    max_stitches: Annotated[
+        int, typer.Option("--max-stitches", help="Stitches of a path, at most.")
+    ] = AssembleConfig.max_stitches,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            "--blocks",
+            metavar="NETWORK",
+            help="Build this network, as tables print them: 'a[0:4] + b[7:9]'; ~ for + puts an "
+            "adapter where pieces are neighbours.",
         ),
     ] = None,
-    joint_weight: Annotated[
+    start: Annotated[
+        str | None,
+        typer.Option("--start", metavar="PIECE", help="Begin with this piece: a[0:4], or a."),
+    ] = None,
+    end: Annotated[
+        str | None,
+        typer.Option("--end", metavar="PIECE", help="End with this piece: b[7:9], or b."),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", metavar="PIECE", help="Have this piece in; may be repeated."),
+    ] = None,
+    effort: Annotated[
         float,
         typer.Option(
-            "--joint-weight", help="Weight of the joints' log R2 beside the blocks' gains."
+            "--effort",
+            help="Work of building and trying candidates, in passes of all donors over the "
+            "target's images; counted, not timed.",
         ),
-    ] = AssembleConfig.joint_weight,
+    ] = AssembleConfig.effort,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            "--proxy",
+            help="Ranks built networks: probe (needs labels; the best are then tried on held-out "
+            "images, which decides), naswot, params (these decide alone).",
+        ),
+    ] = None,
+    candidates: Annotated[str | None, typer.Option("--candidates", "-n", hidden=True)] = None,
+    finalists: Annotated[str | None, typer.Option("--finalists", hidden=True)] = None,
+    joint_weight: Annotated[str | None, typer.Option("--joint-weight", hidden=True)] = None,
     stitch: Annotated[
         str,
         typer.Option(
@@ -153,13 +186,18 @@ def assemble(
     device: DeviceOption = None,
     workers: WorkersOption = 0,
 ) -> Result:
-    """Choose one block per stage and set within the budget, join them, and fit what joins them.
+    """Find the best path through the donors within the budget, build it, and fit what joins it.
 
-    An integer program ranks the assemblies by what its blocks gain for the target and how well
-    their joints fit; the best of them, and the whole models within the budget, are built and ranked
-    by a training-free proxy; the first of these are made on a part of the target's training images
-    and tried on the rest, which decides. The result works untrained.
+    A network is a path: pieces of donors with stitches between, slices and whole donors too. An
+    exact search ranks the paths by what the target's images say of their ends and joints; the best
+    of them are built and ranked by a training-free proxy; the first of these are made on a part of
+    the target's training images and tried on the rest, beside fair controls, which decides. The
+    result works untrained.
     """
+    gone = {"candidates": candidates, "finalists": finalists, "joint-weight": joint_weight}
+    for option in [option for option, value in gone.items() if value is not None]:
+        refuse_gone(option)
+    left_out = exclude or []
     config = AssembleConfig(
         budget=Budget(
             max_params=_size(max_params, "--max-params"),
@@ -172,7 +210,7 @@ def assemble(
         donors=DonorFilter(
             licenses=tuple(license_ or ()),
             include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
+            exclude=tuple(name for name in left_out if "[" not in name),
             image_size=image_size,
         ),
         max_donors=max_donors,
@@ -181,10 +219,15 @@ def assemble(
         data=data,
         skip_bad=skip_bad,
         name=name,
-        candidates=candidates,
-        finalists=finalists,
+        space=space,
+        max_stitches=max_stitches,
+        blocks=blocks,
+        start=start,
+        end=end,
+        require=tuple(require or ()),
+        exclude=tuple(piece for piece in left_out if "[" in piece),
+        effort=effort,
         proxy=proxy,
-        joint_weight=joint_weight,
         stitch=stitch,
         match=match,
         whole=whole,
@@ -198,16 +241,16 @@ def assemble(
     )
     from dery_cli.stages.assemble.run import assemble_network, trace_frontier
 
-    space = open_workspace(workspace)
+    folder = open_workspace(workspace)
     if pareto:
-        frontier = trace_frontier(terminal, space, config)
+        frontier = trace_frontier(terminal, folder, config)
         _show_frontier(terminal, frontier, config)
         return {
             "frontier": frontier.points,
             "complete": frontier.complete,
             "file": str(frontier.file),
         }
-    found = assemble_network(terminal, space, config)
+    found = assemble_network(terminal, folder, config)
     _show_comparison(terminal, found.record.data)
     _show_remarks(terminal, found)
     terminal.say(f"assembly '{name}' is in {found.folder}")

@@ -144,6 +144,10 @@ class Workspace:
     def latency(self) -> Path:
         return self.root / "latency.json"
 
+    def target(self, name: str) -> Path:
+        """Folder of what is kept of a target."""
+        return self.root / "targets" / _plain(name)
+
     def builds(self, target: str) -> Path:
         """The folder of what built networks came to on a target."""
         return self.root / "builds" / _plain(target)
@@ -183,12 +187,14 @@ class Workspace:
             lock.release()
 
     def _tidy(self) -> None:
+        folders: tuple[Path, ...]
         folders = (self.embeddings, self.root / "similarity", self.root / WEIGHTS_FOLDER)
         try:
             for record in (self.zoo, self.partition, self.scores, self.latency):
                 settle(record)
-            many = ("assemblies", "builds")
-            for folder in (*folders, *(f for name in many for f in (self.root / name).glob("*"))):
+            for pattern in ("assemblies/*", "builds/*", "targets/*", "targets/*/donors"):
+                folders += tuple(self.root.glob(pattern))
+            for folder in folders:
                 tidy(folder)
         except OSError as error:
             raise not_written(self.root, error) from error

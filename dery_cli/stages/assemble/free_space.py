@@ -29,6 +29,7 @@ from dery_cli.stages.assemble.candidates import Candidate, Proof
 from dery_cli.stages.assemble.config import AssembleConfig, DonorFilter
 from dery_cli.stages.assemble.costs import shapes_of, zoo_nodes
 from dery_cli.stages.assemble.explain import explain_infeasible
+from dery_cli.stages.assemble.features_store import TargetScores
 from dery_cli.stages.assemble.setting import MICRO, Setting, best_of
 from dery_cli.types import Anatomy, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
@@ -62,6 +63,22 @@ class PathScores:
     head_V: FloatArray
     stitch_VV: FloatArray
     stitches: float = 0.0
+
+
+JOINT_WEIGHT = 0.5
+"""Of a stitch's divergence, in nats, beside the accuracy of the probe where a path ends."""
+
+
+def path_scores(scores: TargetScores) -> PathScores:
+    """A sum of what is at hand: the probe at a path's end, less what each stitch would lose.
+
+    Args:
+        scores: Of the target.
+    """
+    return PathScores(
+        head_V=scores.accuracy_V,
+        stitch_VV=-JOINT_WEIGHT * np.nan_to_num(scores.kl_VV, nan=0.0),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

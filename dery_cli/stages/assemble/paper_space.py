@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dery_cli.core.assembly.notation import merged, needs_stitch
 from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, Filter, Resource
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.features import probe_features
 from dery_cli.core.stitching.joint_r2 import joint_r2, joint_score
-from dery_cli.core.assembly.notation import merged, needs_stitch
 from dery_cli.core.stitching.probe import probe_accuracy
 from dery_cli.core.stitching.stitch import StitchCost, stitch_cost
 from dery_cli.stages.assemble.candidates import Candidate, Proof, unique

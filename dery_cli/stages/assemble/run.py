@@ -27,7 +27,8 @@ from dery_cli.stages.assemble.choose import (
 )
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import time_network
-from dery_cli.stages.assemble.features import TargetScores, score_target, target_name
+from dery_cli.stages.assemble.features import score_target
+from dery_cli.stages.assemble.features_store import TargetScores, target_name
 from dery_cli.stages.assemble.free_space import PARTNERS, PathSearch, named_network, path_scores
 from dery_cli.stages.assemble.frontier import frontier_points
 from dery_cli.stages.assemble.memo import Memo
@@ -156,9 +157,15 @@ def _target_scores(job: Job) -> TargetScores:
     """What the target's images say of every node and every pair of nodes."""
     setting = job.setting
     return score_target(
-        job.terminal, job.space, setting.zoo, setting.donors, setting.target, setting.images,
+        job.terminal,
+        job.space,
+        setting.zoo,
+        setting.donors,
+        setting.target,
+        setting.images,
+        digest=job.record.parents["target"],
         seed=setting.config.seed,
-    )  # fmt: skip
+    )
 
 
 def _score_paper(job: Job, paper: PaperSpace) -> None:
@@ -235,11 +242,9 @@ def _build_assembly(job: Job) -> Artifact:
 def _choose(job: Job) -> tuple[Choice, Proof]:
     """What is built and tried, and what is proven of the program."""
     setting, config = job.setting, job.setting.config
-    memo = Memo(
-        job.space.builds(target_name(setting.target, config.seed)),
-        setting,
-        job.record.parents["target"],
-    )
+    digest = job.record.parents["target"]
+    builds = job.space.builds(target_name(setting.target, digest, config.seed))
+    memo = Memo(builds, setting, digest)
     chooser = Chooser(job.terminal, setting, job.proxy, memo)
     wholes = setting.whole_candidates()
     if config.blocks is not None:
