@@ -21,7 +21,14 @@ from dery_cli.commands._options import (
 from dery_cli.commands._tables import COST_COLUMNS, cost_cells
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import parse_size, parse_time, show_count, show_decimals, show_time
-from dery_cli.stages.assemble.config import SPACES, AssembleConfig, Budget, DonorFilter, refuse_gone
+from dery_cli.stages.assemble.config import (
+    GONE,
+    SPACES,
+    AssembleConfig,
+    Budget,
+    DonorFilter,
+    refuse_gone,
+)
 
 if TYPE_CHECKING:
     from dery_cli.stages.assemble.run import Assembled, Frontier
@@ -151,9 +158,15 @@ def assemble(
             "images, which decides), naswot, params (these decide alone).",
         ),
     ] = None,
-    candidates: Annotated[str | None, typer.Option("--candidates", "-n", hidden=True)] = None,
-    finalists: Annotated[str | None, typer.Option("--finalists", hidden=True)] = None,
-    joint_weight: Annotated[str | None, typer.Option("--joint-weight", hidden=True)] = None,
+    candidates: Annotated[
+        str | None, typer.Option("--candidates", "-n", hidden=True, help=GONE["candidates"])
+    ] = None,
+    finalists: Annotated[
+        str | None, typer.Option("--finalists", hidden=True, help=GONE["finalists"])
+    ] = None,
+    joint_weight: Annotated[
+        str | None, typer.Option("--joint-weight", hidden=True, help=GONE["joint-weight"])
+    ] = None,
     stitch: Annotated[
         str,
         typer.Option(

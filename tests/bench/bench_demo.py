@@ -43,7 +43,7 @@ def main() -> None:
         dery("sim", *space)
         dery("partition", *space)
         picked = dery("assemble", "--max-params", args.max_params, *space)
-        whole = next(r for r in picked["comparison"] if r["role"] == "best whole model")
+        whole = next(r for r in picked["comparison"] if r["role"] == "best whole donor")
         starts = {
             "assembly": [],
             "best whole donor": ["--donor", whole["blocks"][0][0], "--data", "demo"],

@@ -1,7 +1,7 @@
 """What the last round of ``dery assemble`` adds: the pick's accuracy on test images, untrained.
 
 Reference: the pick that the proxy alone would make (``--finalists 0``) under the same budget, and
-the best whole model.
+the best whole donor.
 
     python tests/bench/bench_pick.py [--data demo] [--budgets 300k 400k 600k 900k 1500k]
     python tests/bench/bench_pick.py --zoo "--manifest lite --image-size 96" --budgets 5M --data DIR
@@ -38,7 +38,7 @@ def main() -> None:
             limit = ["--max-params", budget, *shlex.split(args.assemble), *space]
             proxy = dery("assemble", *limit, "--finalists", "0")
             tried = dery("assemble", *limit)
-            whole = next(r for r in tried["comparison"] if r["role"] == "best whole model")
+            whole = next(r for r in tried["comparison"] if r["role"] == "best whole donor")
             row = (whole["test_top1"], proxy["test_top1"], tried["test_top1"])
             print(f"{budget:<8}" + "".join(f"{value:>12.4f}" for value in row), flush=True)
             for name, value in zip(columns, row, strict=True):

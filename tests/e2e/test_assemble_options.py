@@ -59,7 +59,7 @@ def test_no_whole(copied):
     assert outcome.code == 0
     result = outcome.json["result"]
     assert not result["whole"]
-    assert "best whole model" not in {row["role"] for row in result["comparison"]}
+    assert "best whole donor" not in {row["role"] for row in result["comparison"]}
 
 
 def test_the_frontier(copied, tmp_path):

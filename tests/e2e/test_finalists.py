@@ -43,13 +43,13 @@ def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
     path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
     listed = json.loads(path.read_text())["candidates"]
     tried = [entry for entry in listed if entry["held_out"] is not None]
-    assert 2 <= len(tried) <= 4  # the best whole model and the largest candidate are tried too
+    assert 2 <= len(tried) <= 4  # the best whole donor and the largest candidate are tried too
     best = max(tried, key=lambda entry: entry["held_out"])
     assert outcome.json["result"]["held_out"] == best["held_out"]
     assert "held out" in outcome.stderr
 
 
-@pytest.mark.parametrize("role", ["picked", "best whole model", "random assembly"])
+@pytest.mark.parametrize("role", ["picked", "best whole donor", "random path"])
 def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, role):
     outcome = copied(*ASSEMBLE, "--finalists", "3")
     assert outcome.code == 0, outcome.stderr
@@ -109,7 +109,7 @@ def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, v
     monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: proxy)
     outcome = copied(*ASSEMBLE, "--finalists", "0")
     assert outcome.code == 0, outcome.stderr
-    assert row(outcome, "best whole model")["proxy"] is None
+    assert row(outcome, "best whole donor")["proxy"] is None
     assert not outcome.json["result"]["whole"]
     path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
     listed = json.loads(path.read_text(), parse_constant=pytest.fail)["candidates"]

@@ -128,7 +128,7 @@ def test_the_partition_covers_every_donor(pipeline):
 def test_the_assembly_fits_and_beats_nothing_silently(pipeline):
     result = pipeline.results["assemble"]
     assert result["params"] <= 700_000
-    assert {row["role"] for row in result["comparison"]} >= {"picked", "best whole model"}
+    assert {row["role"] for row in result["comparison"]} >= {"picked", "best whole donor"}
     listing = json.loads((pipeline.root / "assemblies" / "default" / "candidates.json").read_text())
     assert listing["candidates"][0]["network"] == result["name"]
     assert listing["candidates"][0]["held_out"] == result["held_out"]
@@ -352,5 +352,7 @@ def test_other_proxies_decide_otherwise(copied, proxy):
     result = outcome.json["result"]
     assert result["proxy"]["name"] == proxy
     if proxy == "params":
-        most = max(row["params"] for row in result["comparison"] if row["role"] == "most params")
+        most = max(
+            row["params"] for row in result["comparison"] if row["role"] == "largest candidate"
+        )
         assert result["params"] == most

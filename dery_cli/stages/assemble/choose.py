@@ -144,17 +144,24 @@ class Chooser:
         return Choice(scored=everything, compared=compared, tried=tried)
 
 
+WHOLE, ADAPTED = "best whole donor", "the same with an adapter"
+
+
 def whole_controls(setting: Setting, scored: Sequence[Scored]) -> list[Control]:
-    """The best whole donor by proxy: plain, with batch norm re-estimated, and with adapters."""
+    """The best whole donor by proxy: plain or with batch norm re-estimated, and with adapters.
+
+    Labels that fit an adapter lift a donor far, so without this control a stitch between donors
+    would be given the credit. Without labels an adapter is the identity.
+    """
     wholes = [entry for entry in scored if entry.candidate.whole]
     if not wholes:
         return []
     best = pick(wholes).candidate
     ref = best.refs[0]
-    variants = [best, setting.priced((ref,), reestimated=True)]
-    if setting.target.labels is not None:
+    controls = [Control(role=WHOLE, candidates=[best, setting.priced((ref,), reestimated=True)])]
+    if setting.builder.can_cross_validate:
         places = sorted({round(ref.stop * k / (ADAPTERS + 1)) for k in range(1, ADAPTERS + 1)})
-        variants += [
+        adapted = [
             setting.priced(
                 (
                     BlockRef(ref.donor, 0, place),
@@ -164,8 +171,9 @@ def whole_controls(setting: Setting, scored: Sequence[Scored]) -> list[Control]:
             for place in places
             if 0 < place < ref.stop
         ]
-    fitting = [variant for variant in variants if setting.admits(variant)]
-    return [Control(role="best whole donor", candidates=fitting)]
+        fitting = [candidate for candidate in adapted if setting.admits(candidate)]
+        controls.append(Control(role=ADAPTED, candidates=fitting))
+    return controls
 
 
 def random_control(setting: Setting, space: SearchSpace, role: str) -> list[Control]:

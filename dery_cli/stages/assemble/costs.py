@@ -149,6 +149,19 @@ class LatencyTable:
         heads = {int(inputs): int(time) for inputs, time in data["heads"]}
         return cls(zoo, num_classes, data["units"], heads, data["stitches"], data["error"])
 
+    @staticmethod
+    def fits(data: Mapping[str, Any], zoo: Zoo, num_classes: int | None) -> bool:
+        """Whether a record's data are of these donors, all of them."""
+        nodes = zoo_nodes(zoo)
+        shapes = len(shapes_of(nodes)[1])
+        widths = {head_inputs(node) for node in nodes if node.index} if num_classes else set()
+        units = {name: zoo[name].anatomy.num_units for name in zoo.names()}
+        return (
+            {name: len(times) for name, times in data["units"].items()} == units
+            and {inputs for inputs, _ in data["heads"]} == widths
+            and [len(row) for row in data["stitches"]] == [shapes] * shapes
+        )
+
 
 def device_name(device: torch.device) -> str:
     """What latencies were measured on, as its maker calls it."""

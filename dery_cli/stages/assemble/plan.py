@@ -8,21 +8,21 @@ and a fast one build the same networks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 
+from dery_cli.errors import UsageError
+from dery_cli.sizes import show_count
 from dery_cli.stages.assemble.build import FOLDS
 from dery_cli.stages.assemble.candidates import Candidate
-from dery_cli.stages.assemble.paper_space import CANDIDATES
 from dery_cli.stages.assemble.setting import Setting
 
-LEAST_BUILDS, MOST_BUILDS = 8, 128
-"""So many are built whatever the allowance."""
+MOST_BUILDS = 128
+"""So many are built at most, whatever the allowance."""
 
-LEAST_FINALISTS, MOST_FINALISTS = 4, 32
+MOST_FINALISTS = 32
 """Likewise of those that are cross-validated."""
-
-PAPER_FINALISTS = 8
-"""Cross-validated in the paper's space."""
 
 _PASSES_OF_A_FIT = 3
 """Over the images that stitches are fitted on, a build takes about so many passes of its network:
@@ -54,19 +54,26 @@ def zoo_pass(setting: Setting) -> int:
 def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Plan:
     """What the allowance pays for, of candidates in their order.
 
-    With another proxy than the probe, which is asked for by name, the proxy decides alone. In the
-    paper's space as many are built as always were.
+    With another proxy than the probe, which is asked for by name, the proxy decides alone.
+
+    Raises:
+        UsageError: It does not pay for the first.
     """
     target = setting.target
     images, fitted = len(target.indices), len(target.fit_indices)
     half = setting.config.effort * zoo_pass(setting) / 2
     costs = [c.flops * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
-    builds = _affordable(costs, half, LEAST_BUILDS, MOST_BUILDS)
+    builds = _affordable(costs, half, MOST_BUILDS)
+    if not builds:
+        least = 2 * costs[0] / zoo_pass(setting)
+        raise UsageError(
+            f"--effort {setting.config.effort:g} pays for no build: the first takes "
+            f"{show_count(costs[0])} multiply-adds",
+            f"--effort {math.ceil(least * 100) / 100:g} or more",
+        )
     # labels in the stitches are tried at several weights
     tries = [c.flops * FOLDS * 2 * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
-    finalists = _affordable(tries[:builds], half, LEAST_FINALISTS, MOST_FINALISTS)
-    if setting.config.space == "paper":
-        builds, finalists = min(len(candidates), CANDIDATES + len(setting.zoo)), PAPER_FINALISTS
+    finalists = _affordable(tries[:builds], half, MOST_FINALISTS)
     if proxy != "probe" or not setting.builder.can_cross_validate:
         finalists = 0
     return Plan(
@@ -76,12 +83,7 @@ def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Pl
     )
 
 
-def _affordable(costs: Sequence[int], allowance: float, least: int, most: int) -> int:
-    """How many in a row an allowance pays for, between two limits."""
-    total, count = 0, 0
-    for cost in costs[:most]:
-        total += cost
-        if total > allowance and count >= least:
-            break
-        count += 1
-    return count
+def _affordable(costs: Sequence[int], allowance: float, most: int) -> int:
+    """How many in a row an allowance pays for, ``most`` at most."""
+    totals = itertools.accumulate(costs[:most])
+    return sum(1 for total in totals if total <= allowance)

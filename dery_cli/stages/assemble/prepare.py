@@ -138,7 +138,7 @@ def _with_latency(job: Job) -> Artifact:
         ),
     )
     kept = unchanged(job.space.latency, wanted)
-    if kept is None:
+    if kept is None or not LatencyTable.fits(kept.data, setting.zoo, target.num_classes):
         with job.terminal.progress("timing units and stitches", WARMUP + REPEATS) as bar:
             table = setting.measured_latency(bar.advance)
         kept = write_record(job.space.latency, dataclasses.replace(wanted, data=table.to_json()))

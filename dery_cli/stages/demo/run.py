@@ -70,7 +70,7 @@ def run_demo(terminal: Terminal, folder: Path, config: DemoConfig, run_line: Run
     run("partition")
     assembled = run(f"assemble --max-params {config.max_params}")
     rows = [run.tune("assembly", "--name assembly")]
-    whole = next((r for r in assembled["comparison"] if r["role"] == "best whole model"), None)
+    whole = next((r for r in assembled["comparison"] if r["role"] == "best whole donor"), None)
     if whole is not None:
         donor = whole["blocks"][0][0]
         rows.append(run.tune(whole["role"], f"--donor {donor} --data demo:"))

@@ -19,7 +19,7 @@ import pytest
 
 from dery_cli.errors import DeryError
 from dery_cli.io.records import Artifact, Kind, parse_record
-from dery_cli.stages.assemble.costs import PartCosts
+from dery_cli.stages.assemble.costs import LatencyTable
 from dery_cli.stages.assemble.store import ASSEMBLY, CANDIDATES, LATENCY, SCORES
 from dery_cli.stages.embed.store import EMBEDDING, embed_command, why_left_out
 from dery_cli.stages.finetune.store import RUN
@@ -28,6 +28,7 @@ from dery_cli.stages.sim.store import SIMILARITY
 from dery_cli.types import Anatomy, Donor, InputSpec, Layout, ModelCard, Node
 from dery_cli.zoo import schemas
 from dery_cli.zoo.networks import loaded
+from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.schemas import ZOO
 from tests.unit.io.samples import sealed
 
@@ -167,17 +168,18 @@ RECORDS: list[Artifact] = [
     ),
     Artifact(
         kind=LATENCY,
-        parents={"partition": SHA, "weights/a": SHA},
+        parents={"weights/a": SHA},
         options={"device": "x"},
         data={
-            "blocks": [["a", 0, 1, 9], ["a", 1, 2, 9]],
-            "stitches": [["a", 1, "a", 1, 3]],
-            "wholes": {"a": 20},
+            "units": {"a": [9, 9]},
+            "heads": [[4, 1]],
+            "stitches": [[0, 1], [1, 2]],
+            "error": None,
         },
     ),
     Artifact(
         kind=ASSEMBLY,
-        parents={"partition": SHA, "target": SHA},
+        parents={"target": SHA},
         options={"target_samples": 4, "data": "demo:"},
         seed=0,
         files={"model.safetensors": SHA},
@@ -201,6 +203,7 @@ RECORDS: list[Artifact] = [
                 "agreement": "",
                 "score": 0.5,
             },
+            "builds": {"scored": 2, "tried": 1},
             "licenses": {"MIT": ["a"]},
             "comparison": [{"role": "picked", **SCORED, "mean_r2": 0.5, "test_top1": 0.5}],
             "test_top1": 0.5,
@@ -237,7 +240,7 @@ def use(record: Artifact) -> None:
             for m, donor in enumerate(record.data["donors"])
             for k in range(len(donor["sets"]))
         ],
-        "latency": lambda: PartCosts.from_json(record.data),
+        "latency": lambda: LatencyTable.fits(record.data, Zoo([DONOR]), 2),
         "assembly": lambda: loaded_description(record),
         "run": lambda: loaded_description(record),
     }
@@ -330,4 +333,4 @@ def test_who_loads_a_network_asks_less_than_who_wrote_it(kind: Kind, strict: Kin
 
 
 def test_the_candidates_listing():
-    CANDIDATES({"schema": "dery/candidates/1", "proxy": "probe", "candidates": [SCORED]})
+    CANDIDATES({"schema": "dery/candidates/2", "proxy": "probe", "candidates": [SCORED]})

@@ -14,6 +14,7 @@ def entry(name, proxy, *, whole=False, params=10, held_out=None) -> Scored:
         params=params,
         flops=1,
         program_score=None,
+        whole=whole,
     )
     return Scored(candidate=candidate, proxy=proxy, fits=(None,) * len(refs), held_out=held_out)
 
@@ -24,6 +25,12 @@ def test_the_best_by_proxy_are_tried_and_the_best_whole_model_with_them():
     assert finalists([poor, c, good, a, b], 2) == [a, b, good]
     assert finalists([good, a], 2) == [a, good]
     assert finalists([a, b, c], 2) == [a, b]
+
+
+def test_one_sequence_of_donors_sends_two():
+    same = [entry("a", 0.9 - place / 100, params=place) for place in range(1, 5)]
+    other = entry("b", 0.5)
+    assert finalists([*same, other], 3) == [*same[:2], other]
 
 
 def test_without_a_trial_the_proxy_decides():

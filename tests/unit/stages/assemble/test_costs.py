@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dery_cli.core.assembly.paths import Limits, path_problem
 from dery_cli.core.assembly.solve import (
     MipStatus,
     Resource,
@@ -23,12 +26,11 @@ from dery_cli.core.assembly.solve import (
 )
 from dery_cli.core.cost.latency import interleaved_medians
 from dery_cli.core.cost.memory import activation_peak, weight_bytes
-from dery_cli.stages.assemble.costs import MemoryCosts, PartCosts, more_resources, stitch_ends
-from dery_cli.stages.assemble.problem import PlacedBlock
-from dery_cli.types import BlockRef
+from dery_cli.stages.assemble.config import Budget
+from dery_cli.stages.assemble.costs import LatencyTable, block_resources
+from dery_cli.stages.assemble.free_space import build_space, with_costs
+from dery_cli.types import Anatomy, BlockRef, Layout, Node, StitchKind
 from tests.unit.core.assembly.test_solve import brute_force, random_problem
-
-A, B, C, D = BlockRef("a", 0, 3), BlockRef("b", 2, 5), BlockRef("a", 3, 6), BlockRef("b", 0, 2)
 
 
 class TestActivationPeak:
@@ -256,41 +258,79 @@ def test_an_unreachable_latency_is_explained_in_milliseconds_that_fit():
     assert explained > 5
 
 
-class TestParts:
-    blocks = (
-        PlacedBlock(ref=A, stage=0, set_index=0),
-        PlacedBlock(ref=D, stage=0, set_index=1),
-        PlacedBlock(ref=C, stage=1, set_index=1),
-        PlacedBlock(ref=B, stage=1, set_index=0),
-    )
-    costs = PartCosts(
-        blocks={A: 5, D: 7, C: 11, B: 13},
-        stitches={("a", 3, "b", 2): 1, ("b", 2, "a", 3): 2},
-        wholes={"a": 15, "b": 19},
+def node(index, channels, side, params=0):
+    return Node(
+        index=index,
+        name=f"n{index}",
+        layout=Layout.NCHW if side else Layout.NC,
+        shape=(channels, side, side) if side else (channels,),
+        grid=(side or 1, side or 1),
+        params=params,
+        flops=10 * params,
     )
 
-    def test_neighbours_need_no_stitch(self):
-        assert stitch_ends(self.blocks) == [("a", 3, "b", 2), ("b", 2, "a", 3)]
-        assert self.costs.network([A, C]) == 5 + 11
-        assert self.costs.network([A, B]) == 5 + 1 + 13
-        memory = MemoryCosts(weights=self.costs, peaks={A: 100, D: 1, C: 1, B: 300})
-        assert memory.network([A, B]) == 5 + 1 + 13 + 300
-        assert memory.network([A, C]) == 5 + 11 + 100
+
+class Zoo:
+    """Two donors of three and two units."""
+
+    anatomies: ClassVar = {
+        "a": Anatomy(nodes=(node(0, 3, 8), node(1, 4, 4), node(2, 8, 2), node(3, 8, 0))),
+        "b": Anatomy(nodes=(node(0, 3, 8), node(1, 6, 4), node(2, 5, 0))),
+    }
+
+    def names(self):
+        return list(self.anatomies)
+
+    def __getitem__(self, name):
+        return types.SimpleNamespace(anatomy=self.anatomies[name])
+
+
+class TestLatencyTable:
+    # shapes in order: a0, a1, a2, a3, b1, b2
+    stitches = tuple(tuple(10 * a + b for b in range(6)) for a in range(6))
+    table = LatencyTable(
+        Zoo(), 10, {"a": [100, 200, 300], "b": [1000, 2000]}, {4: 1, 8: 2, 6: 3, 5: 4},
+        stitches, None,
+    )  # fmt: skip
+
+    def test_units_stitches_and_the_head_add_up(self):
+        assert self.table.network([BlockRef("a", 0, 3)]) == 600 + 2
+        mixed = [BlockRef("a", 0, 1), BlockRef("b", 1, 2)]
+        assert self.table.network(mixed) == 100 + 14 + 2000 + 4
+        back = [BlockRef("b", 0, 1), BlockRef("a", 1, 2)]
+        assert self.table.network(back) == 1000 + 41 + 200 + 2
+
+    def test_neighbours_need_no_stitch_but_an_adapter_is_one(self):
+        plain = [BlockRef("a", 0, 1), BlockRef("a", 1, 3)]
+        assert self.table.network(plain) == self.table.network([BlockRef("a", 0, 3)])
+        adapted = [plain[0], BlockRef("a", 1, 3, adapter=True)]
+        assert self.table.network(adapted) == self.table.network(plain) + 11
 
     def test_json_keeps_all(self):
-        assert PartCosts.from_json(self.costs.to_json()) == self.costs
+        again = LatencyTable.from_json(self.table.to_json(), Zoo(), 10)
+        assert again.to_json() == self.table.to_json()
 
-    def test_they_become_resources_by_number(self):
+    def test_the_free_space_has_the_same_costs(self):
+        free = build_space(Zoo(), max_stitches=1, kind=StitchKind.LINEAR, num_classes=10)
+        space = with_costs(free.space, "latency", self.table.parts(free.space))
+        limits = {"params": Limits(), "latency": Limits()}
+        stated = path_problem(space, limits)
+        found = n_best(stated.problem, 1000).assemblies
+        assert len(found) > 10
+        for answer in found:
+            assert answer.costs[1] == self.table.network(stated.network(answer))
+
+    def test_the_papers_blocks_have_the_same_costs(self):
+        refs = [BlockRef("a", 0, 1), BlockRef("b", 0, 1), BlockRef("a", 1, 3), BlockRef("b", 1, 2)]
+        stage_B = np.array([0, 0, 1, 1])
         pairs = [(0, 2), (0, 3), (1, 2), (1, 3)]
-        memory = MemoryCosts(weights=self.costs, peaks={A: 100, D: 200, C: 300, B: 400})
-        latency, first, second = more_resources(self.blocks, pairs, (self.costs, 20), (memory, 500))
-        assert latency.cost_B.tolist() == [5, 7, 11, 13]
-        assert latency.cost_E.tolist() == [0, 1, 2, 0]
+        budget = Budget(max_latency=20)
+        [latency] = block_resources(self.table, None, budget, refs, stage_B, pairs)
+        for number, (a, b) in enumerate(pairs):
+            total = latency.cost_B[a] + latency.cost_B[b] + latency.cost_E[number]
+            assert total == self.table.network([refs[a], refs[b]])
         assert (latency.name, latency.maximum) == ("latency", 20)
-        assert first.cost_B.tolist() == [105, 207, 11, 13]
-        assert second.cost_B.tolist() == [5, 7, 311, 413]
-        assert {r.option for r in (first, second)} == {"memory"}
-        assert more_resources(self.blocks, pairs, None, None) == []
+        assert block_resources(None, None, budget, refs, stage_B, pairs) == []
 
 
 @pytest.mark.parametrize("maximum", [0, -3])

@@ -36,7 +36,7 @@ class Recorder:
             return TUNED
         comparison = [{"role": "picked", "blocks": [["a", 0, 1], ["b", 1, 2]]}]
         if self.whole:
-            comparison.append({"role": "best whole model", "blocks": [["b", 0, 2]]})
+            comparison.append({"role": "best whole donor", "blocks": [["b", 0, 2]]})
         return {"budget": "at most 300.00k params", "comparison": comparison}
 
 
@@ -62,7 +62,7 @@ def test_the_commands_in_their_order():
     ]
     assert found.commands[2] == "dery sim --workspace ws"  # as they may be typed again
     assert found.budget == "at most 300.00k params"
-    assert [row.role for row in found.rows] == ["assembly", "best whole model", "from scratch"]
+    assert [row.role for row in found.rows] == ["assembly", "best whole donor", "from scratch"]
     assert (found.rows[0].params, found.rows[0].top1_finetuned) == (7, 0.75)
 
 
