@@ -144,6 +144,10 @@ class Workspace:
     def latency(self) -> Path:
         return self.root / "latency.json"
 
+    def target(self, name: str) -> Path:
+        """Folder of what is kept of a target."""
+        return self.root / "targets" / _plain(name)
+
     def assembly(self, name: str) -> Path:
         return self.root / "assemblies" / _plain(name) / "assembly.json"
 
@@ -179,11 +183,14 @@ class Workspace:
             lock.release()
 
     def _tidy(self) -> None:
+        folders: tuple[Path, ...]
         folders = (self.embeddings, self.root / "similarity", self.root / WEIGHTS_FOLDER)
         try:
             for record in (self.zoo, self.partition, self.scores, self.latency):
                 settle(record)
-            for folder in (*folders, *(self.root / "assemblies").glob("*")):
+            for pattern in ("assemblies/*", "targets/*", "targets/*/donors"):
+                folders += tuple(self.root.glob(pattern))
+            for folder in folders:
                 tidy(folder)
         except OSError as error:
             raise not_written(self.root, error) from error

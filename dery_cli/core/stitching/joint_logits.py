@@ -209,7 +209,8 @@ def _principal(centred_ND: Tensor) -> Tensor:
     """The first ``MAX_DIMS`` principal components, as rows."""
     wide_ND = centred_ND.double()
     _, vector_DD = torch.linalg.eigh(wide_ND.T @ wide_ND)
-    return vector_DD[:, -MAX_DIMS:].T.float()
+    principal_KD: Tensor = vector_DD[:, -MAX_DIMS:].T.float()
+    return principal_KD
 
 
 def _logits(code_SVK: Tensor, mean_VD: Tensor, basis_VKD: Tensor | None) -> Tensor:
