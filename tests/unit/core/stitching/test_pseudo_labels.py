@@ -34,13 +34,13 @@ def test_the_same_seed_gives_the_same_clusters_and_shifts_change_nothing():
 
 
 def test_few_points_get_the_tightest_clusters_of_all():
-    x_NC = torch.randn(9, 2, generator=torch.Generator().manual_seed(2)).double()
+    x_NC = torch.randn(7, 2, generator=torch.Generator().manual_seed(2)).double()
 
     def inside(labels):
         parts = [x_NC[torch.tensor(labels) == k] for k in set(labels)]
         return sum(float((part - part.mean(0)).square().sum()) for part in parts)
 
-    best = min(inside(labels) for labels in itertools.product(range(3), repeat=9))
+    best = min(inside(labels) for labels in itertools.product(range(3), repeat=7))
     assert inside(pseudo_labels(x_NC, 3, seed=0).tolist()) == pytest.approx(best)
 
 
