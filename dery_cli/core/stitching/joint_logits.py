@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dery_cli.core.stitching.probe import best_temperature, stratified_folds
+from dery_cli.core.stitching.ridge import few_threads
 from dery_cli.core.stitching.smoother import HeldOutMap, Smoother, Spans, in_folds
 
 PROBE_FOLDS = 5
@@ -63,6 +64,11 @@ def probe_node(x_NC: Tensor, label_N: Tensor, num_classes: int) -> NodeProbe:
         label_N: Class indices.
         num_classes: D.
     """
+    with few_threads(len(x_NC) // 2):
+        return _probe(x_NC, label_N, num_classes)
+
+
+def _probe(x_NC: Tensor, label_N: Tensor, num_classes: int) -> NodeProbe:
     order_N, spans = in_folds(stratified_folds(label_N, PROBE_FOLDS))
     smoother, label_N = Smoother.of(x_NC[order_N]), label_N[order_N]
     target_ND = torch.nn.functional.one_hot(label_N, num_classes).float()
@@ -165,25 +171,29 @@ def joint_losses(x_NC: Tensor, chunks: Iterable[JointTargets]) -> JointLosses:
         x_NC: The source's pooled features, ``features.probe_features``, images as they come.
         chunks: Targets, of the same images.
     """
-    order_N, spans = _joint_folds(len(x_NC))
-    smoother = Smoother.of(x_NC[order_N])
+    order_N, _ = _joint_folds(len(x_NC))
     maps: dict[float, HeldOutMap] = {}
-    found = []
-    for targets in chunks:
-        penalties = smoother.best_penalties(targets.mixture_NVM)
-        told_NVK = torch.empty_like(targets.code_NVK)
-        for penalty in sorted(set(penalties)):
-            if penalty not in maps:
-                maps[penalty] = smoother.held_out(penalty, spans)
-            same_V = [v for v, own in enumerate(penalties) if own == penalty]
-            y_NVK = targets.code_NVK[:, same_V]
-            told_NVK[:, same_V] = maps[penalty](y_NVK.flatten(1)).reshape(y_NVK.shape)
-        found.append(_losses(told_NVK, targets))
+    with few_threads(len(x_NC) // 2):
+        smoother = Smoother.of(x_NC[order_N])
+        found = [_asked(smoother, maps, targets) for targets in chunks]
     return JointLosses(
         r2_V=torch.cat([each.r2_V for each in found]),
         kl_V=torch.cat([each.kl_V for each in found]),
         cross_entropy_V=torch.cat([each.cross_entropy_V for each in found]),
     )
+
+
+def _asked(smoother: Smoother, maps: dict[float, HeldOutMap], targets: JointTargets) -> JointLosses:
+    """The joints from a source; ``maps`` keeps its maps by their penalty."""
+    penalties = smoother.best_penalties(targets.mixture_NVM)
+    told_NVK = torch.empty_like(targets.code_NVK)
+    for penalty in sorted(set(penalties)):
+        if penalty not in maps:
+            maps[penalty] = smoother.held_out(penalty, targets.spans)
+        same_V = [v for v, own in enumerate(penalties) if own == penalty]
+        y_NVK = targets.code_NVK[:, same_V]
+        told_NVK[:, same_V] = maps[penalty](y_NVK.flatten(1)).reshape(y_NVK.shape)
+    return _losses(told_NVK, targets)
 
 
 def _losses(told_NVK: Tensor, targets: JointTargets) -> JointLosses:
@@ -209,7 +219,8 @@ def _principal(centred_ND: Tensor) -> Tensor:
     """The first ``MAX_DIMS`` principal components, as rows."""
     wide_ND = centred_ND.double()
     _, vector_DD = torch.linalg.eigh(wide_ND.T @ wide_ND)
-    return vector_DD[:, -MAX_DIMS:].T.float()
+    principal_KD: Tensor = vector_DD[:, -MAX_DIMS:].T.float()
+    return principal_KD
 
 
 def _logits(code_SVK: Tensor, mean_VD: Tensor, basis_VKD: Tensor | None) -> Tensor:

@@ -28,8 +28,9 @@ def pseudo_labels(x_NC: Tensor, k: int, seed: int) -> Tensor:
         ValueError: There are fewer than ``k`` distinct rows.
     """
     x_NC = x_NC.double() - x_NC.double().mean(0)
-    if not 1 <= k <= len(x_NC.unique(dim=0)):
-        raise ValueError(f"{len(x_NC)} images do not make {k} clusters")
+    distinct = torch.unique(x_NC, dim=0)
+    if not 1 <= k <= len(distinct):
+        raise ValueError(f"{len(distinct)} distinct images do not make {k} clusters")
     generator = torch.Generator().manual_seed(seed)
     runs = [_lloyd(x_NC, _plus_plus(x_NC, k, generator)) for _ in range(RESTARTS)]
     _, label_N = min(runs, key=lambda run: run[0])

@@ -105,7 +105,7 @@ class Smoother:
                 inner_HH = (basis_HR * share_R) @ basis_HR.T
                 identity_HH = torch.eye(stop - start, dtype=torch.float64)
                 parts.append(torch.linalg.solve(identity_HH - inner_HH, basis_HR * share_R))
-        return HeldOutMap.of(self.basis_NR.float(), parts, spans)
+        return HeldOutMap.of(self.basis_NR, parts, spans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +124,16 @@ class HeldOutMap:
 
     @classmethod
     def of(cls, basis_NR: Tensor, parts: Sequence[Tensor], spans: Spans) -> HeldOutMap:
-        """The cheaper form: through R coordinates, or in full where R is large."""
+        """The cheaper form: through R coordinates, or in full where R is large.
+
+        The parts are large then, and cancel in the product: they would lose too much in float32.
+        """
         count, rank = basis_NR.shape
-        parts = [part.float() for part in parts]
         if 2 * rank <= count - count // len(spans):
-            return cls(basis_NR, parts, spans)
+            return cls(basis_NR.float(), [part_HR.float() for part_HR in parts], spans)
         full = [
-            part_HR @ _outside(basis_NR, span).T for part_HR, span in zip(parts, spans, strict=True)
+            (part_HR @ _outside(basis_NR, span).T).float()
+            for part_HR, span in zip(parts, spans, strict=True)
         ]
         return cls(None, full, spans)
 

@@ -8,13 +8,12 @@ kept by target, so that another budget finds it there, and goes on by donor wher
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.features import probe_features
 from dery_cli.core.stitching.joint_logits import (
     JointTargets,
@@ -45,14 +44,13 @@ from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo
 
 PSEUDO_CLASSES = 16
-"""Clusters that stand for classes where the target has no labels, or one for ``PER_CLUSTER``
-images."""
 PER_CLUSTER = 8
+"""Clusters that stand for classes where the target has no labels, fewer for so many images each."""
 CHUNK = 64
 """Target nodes that a source is asked about at once."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Labels:
     """The classes of a target's images.
 
@@ -97,8 +95,9 @@ def score_target(
             no labels; a file cannot be written.
     """
     store = TargetStore(space, target_name(target, digest, seed))
-    labels = _labels(terminal, store, zoo, donors, target, images, digest, seed)
-    features = _all_features(terminal, store, zoo, donors, target, images, labels, digest)
+    looker = _Looker(terminal, store, zoo, donors, target, images, digest)
+    labels = looker.labels(seed)
+    features = looker.features(labels)
     nodes = [(name, node.index) for name in zoo.names() for node in zoo[name].anatomy.nodes]
     wanted = joints_artifact(features, nodes, labels.count, pseudo=labels.pseudo is not None)
     found = store.joints(wanted)
@@ -112,115 +111,115 @@ def score_target(
 
 def target_bytes(zoo: Zoo, images: int, num_classes: int | None) -> int:
     """Bytes that features, probes and scores of a target take on disk, headers aside."""
-    classes = num_classes or min(PSEUDO_CLASSES, images)
+    classes = num_classes or pseudo_classes(images)
     nodes = [node for donor in zoo.donors.values() for node in donor.anatomy.nodes]
     columns = sum(feature_width(node) + classes for node in nodes if node.index)
     return 4 * images * columns + 8 * (3 * len(nodes) ** 2 + 2 * len(nodes))
 
 
-def _labels(
-    terminal: Terminal,
-    store: TargetStore,
-    zoo: Zoo,
-    donors: DonorPool,
-    target: Target,
-    images: ImageStore,
-    digest: str,
-    seed: int,
-) -> _Labels:
-    """The target's labels; without any, clusters of the pre-logits of the largest donor."""
-    if target.labels is not None and target.num_classes is not None:
-        return _Labels(label_N=torch.tensor(target.labels), count=target.num_classes, pseudo=None)
-    donor = max(zoo.donors.values(), key=_size)
-    count = max(2, min(PSEUDO_CLASSES, len(target.indices) // PER_CLUSTER))
-    wanted = pseudo_artifact(donor, target, digest, count, seed)
-    record = store.pseudo(wanted)
-    if record is None:
-        terminal.note(
-            f"{count} clusters of what {donor.name} makes of the images stand for classes"
-        )
-        with terminal.progress("clustering the target's images", len(target.indices)) as bar:
-            view = images.view(donor.input, target.indices)
-            x_NC = _pass(donor, donors[donor.name], view, bar.advance)[-1]
+@dataclasses.dataclass(frozen=True)
+class _Looker:
+    """Sends a target's images through donors, where what is stored does not spare it."""
+
+    terminal: Terminal
+    store: TargetStore
+    zoo: Zoo
+    donors: DonorPool
+    target: Target
+    images: ImageStore
+    digest: str
+
+    def labels(self, seed: int) -> _Labels:
+        """The target's labels; without any, clusters of the pre-logits of the largest donor.
+
+        Raises:
+            DeryError: That donor tells too few images apart.
+        """
+        target = self.target
+        if target.labels is not None and target.num_classes is not None:
+            return _Labels(torch.tensor(target.labels), target.num_classes, None)
+        donor = max(self.zoo.donors.values(), key=_size)
+        count = pseudo_classes(len(target.indices))
+        wanted = pseudo_artifact(donor, target, self.digest, count, seed)
+        record = self.store.pseudo(wanted)
+        if record is None:
+            record = self.store.write_pseudo(wanted, self._clusters(donor, count, seed))
+        return _Labels(torch.tensor(record.data["labels"]), count, record)
+
+    def _clusters(self, donor: Donor, count: int, seed: int) -> list[int]:
+        with self.terminal.progress(
+            f"clustering the images by {donor.name}", len(self.target.indices)
+        ) as bar:
+            x_NC = self._pass(donor, bar.advance)[-1]
         try:
-            label_N = pseudo_labels(x_NC, count, seed)
+            found: list[int] = pseudo_labels(x_NC, count, seed).tolist()
         except ValueError as error:
             raise DeryError(
                 f"{donor.name} tells too few of the images apart: {error}",
                 "--data with class folders",
             ) from error
-        record = store.write_pseudo(wanted, label_N.tolist())
-    return _Labels(label_N=torch.tensor(record.data["labels"]), count=count, pseudo=record)
+        return found
+
+    def features(self, labels: _Labels) -> dict[str, DonorFeatures]:
+        """Of every donor, in the order of the zoo: those that are there, the others computed."""
+        wanted = {
+            name: features_artifact(donor, self.target, self.digest, labels.count, labels.pseudo)
+            for name, donor in self.zoo.donors.items()
+        }
+        found = {name: self.store.features(self.zoo[name], w) for name, w in wanted.items()}
+        todo = [name for name, features in found.items() if features is None]
+        if not todo:
+            self.terminal.detail("the target's features are those of an earlier run")
+        else:
+            steps = [len(self.target.indices) + len(self.zoo[n].anatomy.nodes) - 1 for n in todo]
+            with self.terminal.progress("looking at the target", sum(steps)) as bar:
+                for name in todo:
+                    found[name] = self._look(wanted[name], self.zoo[name], labels, bar.advance)
+        return {name: features for name, features in found.items() if features is not None}
+
+    def _look(
+        self, wanted: Artifact, donor: Donor, labels: _Labels, advance: Callable[[int], None]
+    ) -> DonorFeatures:
+        features = self._pass(donor, advance)
+        probes = []
+        for x_NC in features:
+            probes.append(probe_node(x_NC, labels.label_N, labels.count))
+            advance(1)
+        return self.store.write_features(donor, wanted, features, probes, self.target.batch_size)
+
+    def _pass(self, donor: Donor, advance: Callable[[int], None]) -> list[Tensor]:
+        """Pooled features (N, C) of nodes 1, 2, ..., in one pass.
+
+        Raises:
+            DeryError: They are NaN or infinite; donor and node are named.
+        """
+        dissection = self.donors[donor.name]
+        nodes = dissection.anatomy.nodes
+        parts: list[list[Tensor]] = [[] for _ in nodes]
+        with torch.inference_mode():
+            for x_NCHW in self.images.view(donor.input, self.target.indices):
+                for node, raw in zip(nodes, dissection.features(x_NCHW), strict=True):
+                    if node.index:
+                        parts[node.index].append(probe_features(raw, node))
+                advance(len(x_NCHW))
+        features = [torch.cat(some) for some in parts[1:]]
+        for node, x_NC in zip(nodes[1:], features, strict=True):
+            if not torch.isfinite(x_NC).all():
+                raise DeryError(
+                    f"{donor.name}: node {node.index} ({node.name}) gives NaN or infinite features "
+                    "on the target's images",
+                    f"leave it out: dery zoo remove {donor.name}",
+                )
+        return features
+
+
+def pseudo_classes(images: int) -> int:
+    """How many clusters stand for the classes of so many images."""
+    return max(2, min(PSEUDO_CLASSES, images // PER_CLUSTER))
 
 
 def _size(donor: Donor) -> tuple[int, str]:
     return (donor.anatomy.params(0, len(donor.anatomy.nodes) - 1), donor.name)
-
-
-def _all_features(
-    terminal: Terminal,
-    store: TargetStore,
-    zoo: Zoo,
-    donors: DonorPool,
-    target: Target,
-    images: ImageStore,
-    labels: _Labels,
-    digest: str,
-) -> dict[str, DonorFeatures]:
-    """Of every donor, in the order of the zoo: those that are there, the others computed."""
-    wanted = {
-        name: features_artifact(donor, target, digest, labels.count, labels.pseudo)
-        for name, donor in zoo.donors.items()
-    }
-    found = {name: store.features(zoo[name], record) for name, record in wanted.items()}
-    todo = [name for name, features in found.items() if features is None]
-    if not todo:
-        terminal.detail("the target's features are those of an earlier run")
-    else:
-        total = sum(len(target.indices) + len(zoo[name].anatomy.nodes) - 1 for name in todo)
-        with terminal.progress("looking at the target", total) as bar:
-            for name in todo:
-                donor = zoo[name]
-                view = images.view(donor.input, target.indices)
-                features = _pass(donor, donors[name], view, bar.advance)
-                probes = []
-                for x_NC in features:
-                    probes.append(probe_node(x_NC, labels.label_N, labels.count))
-                    bar.advance()
-                found[name] = store.write_features(
-                    donor, wanted[name], features, probes, target.batch_size
-                )
-    return {name: features for name, features in found.items() if features is not None}
-
-
-def _pass(
-    donor: Donor,
-    dissection: Dissection,
-    batches: Iterable[Tensor],
-    advance: Callable[[int], None],
-) -> list[Tensor]:
-    """Pooled features (N, C) of nodes 1, 2, ..., in one pass.
-
-    Raises:
-        DeryError: They are NaN or infinite; donor and node are named.
-    """
-    nodes = dissection.anatomy.nodes
-    parts: list[list[Tensor]] = [[] for _ in nodes]
-    with torch.inference_mode():
-        for x_NCHW in batches:
-            for node, raw in zip(nodes, dissection.features(x_NCHW), strict=True):
-                if node.index:
-                    parts[node.index].append(probe_features(raw, node))
-            advance(len(x_NCHW))
-    features = [torch.cat(some) for some in parts[1:]]
-    for node, x_NC in zip(nodes[1:], features, strict=True):
-        if not torch.isfinite(x_NC).all():
-            raise DeryError(
-                f"{donor.name}: node {node.index} ({node.name}) gives NaN or infinite features on "
-                "the target's images",
-                f"leave it out: dery zoo remove {donor.name}",
-            )
-    return features
 
 
 def _score_joints(

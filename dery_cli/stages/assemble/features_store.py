@@ -1,8 +1,8 @@
 """What is kept of a target under ``targets/<target>/``, whatever budgets it is asked for later.
 
-donors/<donor>.json, .safetensors   features and probes of the target's images at its nodes
-classes.json                        pseudo-classes, where the images have no labels
-joints.json, .safetensors           what a joint between any two nodes would lose
+``donors/<donor>.json`` names a donor's features of the target's images at its nodes, and the probes
+on them; ``classes.json`` holds pseudo-classes where the images have no labels; ``joints.json``
+names what a joint between any two nodes would lose.
 """
 
 from __future__ import annotations
