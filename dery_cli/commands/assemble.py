@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +20,15 @@ from dery_cli.commands._options import (
     open_workspace,
 )
 from dery_cli.commands._tables import COST_COLUMNS, cost_cells
+from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import parse_size, parse_time, show_count, show_decimals, show_time
+from dery_cli.sizes import show_count, show_decimals, show_time
 from dery_cli.stages.assemble.config import (
     GONE,
     SPACES,
     AssembleConfig,
-    Budget,
     DonorFilter,
+    parse_budgets,
     refuse_gone,
 )
 
@@ -41,7 +43,11 @@ def assemble(
     terminal: Terminal,
     max_params: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="At most so many parameters: 30M, 800k."),
+        typer.Option(
+            metavar="SIZE",
+            help="At most so many parameters: 30M, 800k. 10M,30M,50M assembles one network for "
+            "each, NAME-10m and so on, which share what was built; so does every limit.",
+        ),
     ] = None,
     min_params: Annotated[
         str | None, typer.Option(metavar="SIZE", help="At least so many parameters.")
@@ -102,6 +108,13 @@ def assemble(
             "--pareto",
             help="Print the frontier over params and multiply-adds instead; over latency too "
             "where --max-latency is given.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what would be searched and built, and what it takes; only that.",
         ),
     ] = False,
     require_optimal: Annotated[
@@ -211,15 +224,16 @@ def assemble(
     for option in [option for option, value in gone.items() if value is not None]:
         refuse_gone(option)
     left_out = exclude or []
+    budgets = parse_budgets(
+        max_params=max_params,
+        min_params=min_params,
+        max_flops=max_flops,
+        min_flops=min_flops,
+        max_latency=max_latency,
+        max_memory=max_memory,
+    )
     config = AssembleConfig(
-        budget=Budget(
-            max_params=_size(max_params, "--max-params"),
-            min_params=_size(min_params, "--min-params"),
-            max_flops=_size(max_flops, "--max-flops"),
-            min_flops=_size(min_flops, "--min-flops"),
-            max_latency=None if max_latency is None else parse_time(max_latency, "--max-latency"),
-            max_memory=_size(max_memory, "--max-memory"),
-        ),
+        budget=next(iter(budgets.values())),
         donors=DonorFilter(
             licenses=tuple(license_ or ()),
             include=tuple(include or ()),
@@ -252,31 +266,65 @@ def assemble(
         device=device,
         workers=workers,
     )
-    from dery_cli.stages.assemble.run import assemble_network, trace_frontier
-
     folder = open_workspace(workspace)
-    if pareto:
-        frontier = trace_frontier(terminal, folder, config)
-        _show_frontier(terminal, frontier, config)
-        return {
-            "frontier": frontier.points,
-            "complete": frontier.complete,
-            "file": str(frontier.file),
-        }
+    results: dict[str, Result] = {}
+    for key, budget in budgets.items():
+        called = f"{name}-{key}" if key else name
+        one = dataclasses.replace(config, budget=budget, name=called)
+        if dry_run:
+            results[called] = _tell(terminal, folder, one)
+        elif pareto:
+            results[called] = _trace(terminal, folder, one)
+        else:
+            results[called] = _build(terminal, folder, one)
+    return {"assemblies": results} if len(results) > 1 else results[called]
+
+
+def _build(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Result:
+    from dery_cli.stages.assemble.run import assemble_network
+
     found = assemble_network(terminal, folder, config)
     _show_comparison(terminal, found.record.data)
     _show_remarks(terminal, found)
-    terminal.say(f"assembly '{name}' is in {found.folder}")
+    terminal.say(f"assembly '{config.name}' is in {found.folder}")
     return {
-        "assembly": name,
+        "assembly": config.name,
         "folder": str(found.folder),
         **found.record.data,
         "latency": found.latency,
     }
 
 
-def _size(text: str | None, option: str) -> int | None:
-    return None if text is None else parse_size(text, option)
+def _trace(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Result:
+    from dery_cli.stages.assemble.run import trace_frontier
+
+    frontier = trace_frontier(terminal, folder, config)
+    _show_frontier(terminal, frontier, config)
+    return {
+        "frontier": frontier.points,
+        "complete": frontier.complete,
+        "file": str(frontier.file),
+    }
+
+
+def _tell(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Result:
+    from dery_cli.stages.assemble.dry_run import dry_run
+
+    found = dry_run(terminal, folder, config)
+    terminal.table(
+        f"would assemble '{config.name}' within {config.budget}",
+        ["", ""],
+        [
+            ["networks in the space", f"{found.networks:,}"],
+            ["within the budget", f"about {found.within_budget:,}"],
+            ["to build and score", f"{found.builds:,}"],
+            ["to cross-validate", f"{found.finalists:,}, and controls"],
+            ["multiply-adds", f"about {show_count(found.multiply_adds)}"],
+            ["time on this machine", f"roughly {found.seconds / 60:,.1f} min"],
+            ["disk", f"about {show_count(found.bytes)} bytes"],
+        ],
+    )
+    return dataclasses.asdict(found)
 
 
 def _show_frontier(terminal: Terminal, frontier: Frontier, config: AssembleConfig) -> None:

@@ -162,6 +162,33 @@ def random_feasible(
     return None if best is None else recount(problem, best.blocks, best.edges)
 
 
+def count_assemblies(problem: AssemblyProblem) -> int:
+    """How many assemblies there are that satisfy filters, sets and requirements; exact.
+
+    Budgets and ``max_donors`` do not count.
+    """
+    graph = build(problem, tracked=bool(problem.num_bits))
+    count_S = np.ones(len(graph.block_LS[-1]), dtype=object)  # Python integers: they are many
+    for t in reversed(graph.transitions):
+        count_S = np.add.reduceat(count_S[t.dst_T][t.by_src_T], t.src_start_S)
+    return int(count_S.sum()) if len(graph.block_LS[0]) else 0
+
+
+def share_that_fits(problem: AssemblyProblem, rng: np.random.Generator, draws: int) -> float:
+    """The share of all assemblies that is within the budgets, estimated by uniform draws."""
+    graph = build(problem, tracked=bool(problem.num_bits))
+    if graph.empty:
+        return 0.0
+    count_LS = _count_paths(graph)
+    fitting = drawn = 0
+    while drawn < draws:
+        for block_L, edge_L in zip(*_draw(graph, count_LS, rng), strict=True):
+            assembly = recount(problem, block_L.tolist(), edge_L.tolist())
+            fitting += not violations(problem, assembly)
+            drawn += 1
+    return fitting / drawn
+
+
 def _count_paths(graph: LayeredGraph) -> list[FloatArray]:
     """How many paths lead from each state to the end."""
     count_LS: list[FloatArray] = [np.ones(len(graph.block_LS[-1]))]

@@ -13,6 +13,8 @@ from dery_cli.sizes import (
     check_name,
     check_one_of,
     check_seed,
+    parse_size,
+    parse_time,
     show_count,
     show_time,
     within,
@@ -83,6 +85,57 @@ class Budget:
         if self.max_memory is not None:
             parts.append(f"at most {show_count(self.max_memory)} bytes of memory")
         return ", ".join(parts) or "no limit"
+
+
+def parse_budgets(
+    *,
+    max_params: str | None = None,
+    min_params: str | None = None,
+    max_flops: str | None = None,
+    min_flops: str | None = None,
+    max_latency: str | None = None,
+    max_memory: str | None = None,
+) -> dict[str, Budget]:
+    """Budgets as they are written, ``10M,30M`` for several, by what tells them apart.
+
+    Where one limit lists several, there is a budget for each; where more than one does, they go in
+    step. The key is empty where there is one budget only.
+
+    Raises:
+        UsageError: Something is no size, or the lists differ in length.
+    """
+    given = {
+        "--max-params": max_params,
+        "--min-params": min_params,
+        "--max-flops": max_flops,
+        "--min-flops": min_flops,
+        "--max-latency": max_latency,
+        "--max-memory": max_memory,
+    }
+    words = {option: text.split(",") for option, text in given.items() if text is not None}
+    lists = {option: parts for option, parts in words.items() if len(parts) > 1}
+    counts = {len(parts) for parts in lists.values()}
+    if len(counts) > 1:
+        told = ", ".join(f"{option} {len(parts)}" for option, parts in lists.items())
+        raise UsageError(
+            f"the budgets differ in number: {told}", "list as many for each, or one for all"
+        )
+    found: dict[str, Budget] = {}
+    for place in range(counts.pop() if counts else 1):
+        chosen = {o: parts[place if len(parts) > 1 else 0] for o, parts in words.items()}
+        key = "-".join(chosen[option].strip().lower() for option in lists)
+        if key in found:
+            raise UsageError(f"the budget {key} is listed twice", "leave one out")
+        limits = {
+            option.removeprefix("--").replace("-", "_"): (
+                parse_time(text.strip(), option)
+                if option == "--max-latency"
+                else parse_size(text.strip(), option)
+            )
+            for option, text in chosen.items()
+        }
+        found[key] = Budget(**limits)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +219,7 @@ class AssembleConfig:
     end: str | None = None
     require: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    effort: float = 16.0
+    effort: float = 8.0
     latency_batch: int = 1
     memory_batch: int = 1
     data: str | None = None

@@ -69,6 +69,10 @@ JOINT_WEIGHT = 0.5
 """Of a stitch's divergence, in nats, beside the accuracy of the probe where a path ends."""
 
 
+STITCH_WEIGHT = 0.01
+"""Each stitch costs so much accuracy beyond that; an adapter would be free otherwise."""
+
+
 def path_scores(scores: TargetScores) -> PathScores:
     """A sum of what is at hand: the probe at a path's end, less what each stitch would lose.
 
@@ -78,6 +82,7 @@ def path_scores(scores: TargetScores) -> PathScores:
     return PathScores(
         head_V=scores.accuracy_V,
         stitch_VV=-JOINT_WEIGHT * np.nan_to_num(scores.kl_VV, nan=0.0),
+        stitches=-STITCH_WEIGHT,
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dery_cli.core.assembly.frontier import count_assemblies, share_that_fits
 from dery_cli.core.assembly.paths import Limits, Parts, Peak, Pin, Space, path_problem
 from dery_cli.core.assembly.solve import (
     MipStatus,
@@ -323,3 +324,21 @@ def test_answers_recount_to_what_they_say():
     stated = path_problem(space, {"params": Limits(), "flops": Limits()})
     for answer in n_best(stated.problem, 20).assemblies:
         assert recount(stated.problem, answer.blocks, answer.edges) == answer
+
+
+def test_paths_are_counted_exactly_and_their_share_is_estimated():
+    for seed in range(30):
+        space = random_space(seed)
+        wishes = random_wishes(seed, space)
+        free = {**wishes, "max_donors": None, "peak": None, "limits": {}}
+        paths = all_paths(space)
+        wanted = sum(obeys(space, path, free) for path in paths)
+        limits = {name: Limits() for name in RESOURCES[:2]}
+        assert count_assemblies(path_problem(space, **{**free, "limits": limits}).problem) == wanted
+    space = random_space(18, max_stitches=2, num_donors=2)
+    totals = sorted(path[2][0] for path in all_paths(space))
+    limits = {"params": Limits(maximum=totals[len(totals) // 4]), "flops": Limits()}
+    problem = path_problem(space, limits).problem
+    within = sum(total <= limits["params"].maximum for total in totals) / len(totals)
+    found = share_that_fits(problem, np.random.default_rng(0), 4096)
+    assert found == pytest.approx(within, abs=0.03)
