@@ -18,7 +18,7 @@ STAGES = {
     "embed": "embed --data demo",
     "sim": "sim",
     "partition": "partition -K 3 --eps 0.5",
-    "assemble": "assemble --max-params 700k --candidates 6 --finalists 1",
+    "assemble": "assemble --max-params 700k --effort 6",
     "finetune": "finetune --steps 8 --valid-fraction 0.2",
     "eval": "eval",
 }

@@ -11,7 +11,7 @@ import pytest
 from dery_cli.stages.assemble import build
 from tests.e2e.conftest import edit_json
 
-FEW = ("--candidates", "2", "--finalists", "0")
+FEW = ("--effort", "1")
 
 
 def test_a_latency_budget(copied, tmp_path):

@@ -13,14 +13,12 @@ def _donors(result) -> set[str]:
 
 
 def test_include_and_exclude(copied):
-    outcome = copied(
-        "assemble", "--exclude", "demo__resnext", "--candidates", "3", "--finalists", "0", "--json"
-    )
+    outcome = copied("assemble", "--exclude", "demo__resnext", "--effort", "1", "--json")
     assert outcome.code == 0, outcome.stderr
     listing = outcome.json["result"]["comparison"]
     assert all("demo__resnext" not in row["network"] for row in listing)
     only = ["--include", "demo__mobilenetv3", "--include", "demo__convnext"]
-    outcome = copied("assemble", *only, "--candidates", "3", "--finalists", "0", "--json")
+    outcome = copied("assemble", *only, "--effort", "1", "--json")
     if outcome.code == 0:
         assert _donors(outcome.json["result"]) <= {"demo__mobilenetv3", "demo__convnext"}
     else:
@@ -42,10 +40,8 @@ def test_max_donors(copied):
         "--max-donors",
         "2",
         "--no-whole",
-        "--candidates",
-        "4",
-        "--finalists",
-        "0",
+        "--effort",
+        "1",
         "--json",
     )
     if outcome.code == 3:
@@ -55,7 +51,7 @@ def test_max_donors(copied):
 
 
 def test_no_whole(copied):
-    outcome = copied("assemble", "--no-whole", "--candidates", "3", "--finalists", "0", "--json")
+    outcome = copied("assemble", "--no-whole", "--effort", "1", "--json")
     assert outcome.code == 0
     result = outcome.json["result"]
     assert not result["whole"]
@@ -85,9 +81,7 @@ def test_the_frontier(copied, tmp_path):
 def test_another_budget_reuses_the_scores(copied, tmp_path):
     path = tmp_path / "ws" / "scores.json"
     before = path.read_bytes()
-    outcome = copied(
-        "assemble", "--max-params", "1M", "--candidates", "2", "--finalists", "0", "-v"
-    )
+    outcome = copied("assemble", "--max-params", "1M", "--effort", "1", "-v")
     assert outcome.code == 0
     assert "those of an earlier run" in outcome.stderr
     assert path.read_bytes() == before
@@ -105,7 +99,7 @@ def test_the_best_score_within_a_budget_never_falls_with_it(copied):
 
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_several_assemblies_are_kept(copied, tmp_path, name):
-    assert copied("assemble", "--candidates", "2", "--finalists", "0", "--name", name).code == 0
+    assert copied("assemble", "--effort", "1", "--name", name).code == 0
     record = json.loads((tmp_path / "ws" / "assemblies" / name / "assembly.json").read_text())
     assert record["data"]["network"]["blocks"]
     card = (tmp_path / "ws" / "assemblies" / name / "README.md").read_text()

@@ -11,7 +11,7 @@ from tests.conftest import make_images, run_dery
 STAGES = (
     "sim",
     "partition -K 2 --eps 0.5",
-    "assemble --candidates 2 --finalists 0",
+    "assemble --effort 1",
     "finetune --steps 2 --valid-fraction 0.2",
 )
 

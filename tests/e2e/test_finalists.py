@@ -15,10 +15,10 @@ from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
 from dery_cli.core.stitching.probe import fit_classifier, stratified_folds
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.sets import open_data
-from dery_cli.stages.assemble import run as assemble_stage
+from dery_cli.stages.assemble import choose as assemble_stage
 from dery_cli.types import BlockRef
 
-ASSEMBLE = ("assemble", "--max-params", "700k", "--candidates", "4", "--json")
+ASSEMBLE = ("assemble", "--max-params", "700k", "--json")
 
 
 def row(outcome, role):
@@ -26,7 +26,7 @@ def row(outcome, role):
 
 
 def test_with_no_finalists_the_proxy_decides(copied, tmp_path):
-    outcome = copied(*ASSEMBLE, "--finalists", "0")
+    outcome = copied(*ASSEMBLE, "--effort", "1")
     assert outcome.code == 0, outcome.stderr
     result = outcome.json["result"]
     path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
@@ -38,12 +38,12 @@ def test_with_no_finalists_the_proxy_decides(copied, tmp_path):
 
 
 def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
-    outcome = copied(*ASSEMBLE, "--finalists", "2")
+    outcome = copied(*ASSEMBLE, "--effort", "5")
     assert outcome.code == 0, outcome.stderr
     path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
     listed = json.loads(path.read_text())["candidates"]
     tried = [entry for entry in listed if entry["held_out"] is not None]
-    assert 2 <= len(tried) <= 4  # the best whole donor and the largest candidate are tried too
+    assert len(tried) > 3  # controls are tried too
     best = max(tried, key=lambda entry: entry["held_out"])
     assert outcome.json["result"]["held_out"] == best["held_out"]
     assert "held out" in outcome.stderr
@@ -51,10 +51,12 @@ def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
 
 @pytest.mark.parametrize("role", ["picked", "best whole donor", "random path"])
 def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, role):
-    outcome = copied(*ASSEMBLE, "--finalists", "3")
+    outcome = copied(*ASSEMBLE, "--effort", "5")
     assert outcome.code == 0, outcome.stderr
     found = row(outcome, role)
-    blocks = [BlockRef(*block) for block in found["blocks"]]
+    assert found["batch_norm"] == "as it is"
+    pairs = zip(found["blocks"], found["adapters"], strict=True)
+    blocks = [BlockRef(*block, adapter=adapter) for block, adapter in pairs]
     data = open_data("demo")
     names = sorted({block.donor for block in blocks})
     donors = {
@@ -107,7 +109,7 @@ def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, v
         return 1.0 if len(inputs.network.blocks) > 1 else value
 
     monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: proxy)
-    outcome = copied(*ASSEMBLE, "--finalists", "0")
+    outcome = copied(*ASSEMBLE, "--effort", "1")
     assert outcome.code == 0, outcome.stderr
     assert row(outcome, "best whole donor")["proxy"] is None
     assert not outcome.json["result"]["whole"]
@@ -117,6 +119,6 @@ def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, v
         [entry["proxy"] for entry in listed], key=lambda score: score is None
     )
     monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: lambda inputs: value)
-    outcome = copied(*ASSEMBLE, "--finalists", "0", "--name", "none")
+    outcome = copied(*ASSEMBLE, "--effort", "1", "--name", "none")
     assert outcome.code == 1
     assert "gives no candidate a finite score" in outcome.json["error"]["message"]

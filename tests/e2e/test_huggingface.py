@@ -40,7 +40,7 @@ def test_all_stages(folder, tmp_path):
     for line in (
         "sim",
         "partition -K 2 --eps 0.5",
-        "assemble --candidates 2 --finalists 0",
+        "assemble --effort 1",
         "finetune --steps 2",
     ):
         outcome = dery(line)

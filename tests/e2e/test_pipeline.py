@@ -320,7 +320,7 @@ def test_unlabelled_images_give_a_network_without_a_head(copied, tmp_path):
         "embed --data ./flat",
         "sim",
         "partition -K 3 --eps 0.5",
-        "assemble --max-params 700k --candidates 3 --finalists 0 --name bare",
+        "assemble --max-params 700k --effort 1 --name bare",
     ):
         outcome = copied(*line.split(), "--json")
         assert outcome.code == 0, outcome.stderr
@@ -340,10 +340,8 @@ def test_other_proxies_decide_otherwise(copied, proxy):
         "assemble",
         "--max-params",
         "700k",
-        "--candidates",
-        "4",
-        "--finalists",
-        "0",
+        "--effort",
+        "1",
         "--proxy",
         proxy,
         "--json",

@@ -19,7 +19,7 @@ STAGES = {
     "embed": "embed --samples 30",
     "sim": "sim",
     "partition": "partition -K 2 --eps 0.5",
-    "assemble": "assemble --candidates 2 --finalists 0",
+    "assemble": "assemble --effort 1",
     "finetune": "finetune --steps 2",
     "eval": "eval",
 }
@@ -106,7 +106,7 @@ def test_everything_is_as_if_the_files_were_not_there(made):
     ("line", "part"),
     [
         ("embed --samples 60", "train"),
-        ("assemble --candidates 2 --finalists 0 --name other", "train"),
+        ("assemble --effort 1 --name other", "train"),
         ("finetune --steps 2 --name other", "val"),
         ("eval", "val"),
     ],
@@ -128,7 +128,7 @@ def test_without_the_option_a_broken_file_is_named(bad, made, tmp_path, line, pa
 @pytest.mark.parametrize(
     "line",
     [
-        "assemble --candidates 2 --finalists 0 --name other",
+        "assemble --effort 1 --name other",
         "finetune --steps 2 --name other",
         "eval",
     ],
@@ -145,10 +145,8 @@ def test_a_later_stage_may_ask_for_it_first(bad, made, tmp_path):
     for line in (f"embed --samples 30 --data {tmp_path / 'pets'}", *list(STAGES.values())[1:3]):
         assert bad(line).code == 0
     add_broken(tmp_path / "pets")
-    assert (
-        bad("assemble --candidates 2 --finalists 0").code == 4
-    )  # other images are chosen from it now
-    outcome = bad("assemble --candidates 2 --finalists 0 --skip-bad")
+    assert bad("assemble --effort 1").code == 4  # other images are chosen from it now
+    outcome = bad("assemble --effort 1 --skip-bad")
     assert outcome.code == 0, outcome.stderr
     assert f"left out {BROKEN} broken images" in outcome.json["warnings"][0]
     assert bad("eval assemblies/default").json["result"]["images"] == 12  # and it is remembered
@@ -166,7 +164,7 @@ def test_with_the_option_whole_images_need_nothing_new(bad, made):
 def test_it_is_remembered_what_was_left_out(bad, made):
     outcome = bad(f"embed --samples 30 --data {pets(made)} --skip-bad")
     assert outcome.json["result"]["embedded"] == []
-    assert bad("assemble --candidates 2 --finalists 0").code == 0
+    assert bad("assemble --effort 1").code == 0
 
 
 def test_the_command_that_refreshes_has_the_option(bad, made, tmp_path):
@@ -176,7 +174,7 @@ def test_the_command_that_refreshes_has_the_option(bad, made, tmp_path):
     assert bad("partition -K 2 --eps 0.5").code == 0
     for path in (tmp_path / "pets" / "train" / "ant").glob("*.png"):
         shutil.copy(tmp_path / "pets" / "train" / "bee" / "000.png", path)
-    outcome = bad("assemble --candidates 2 --finalists 0")
+    outcome = bad("assemble --effort 1")
     assert outcome.code == 4
     hint = outcome.json["error"]["hint"]
     assert hint == f"dery embed --data {tmp_path / 'pets'} --samples 30 --skip-bad"

@@ -16,10 +16,8 @@ ASSEMBLE = (
     "--max-params",
     "1.5M",
     "--no-whole",
-    "--candidates",
-    "2",
-    "--finalists",
-    "0",
+    "--effort",
+    "1",
     "--json",
 )
 
@@ -61,7 +59,7 @@ def test_an_unknown_kind_is_refused_with_the_kinds(copied):
 
 def test_matching_is_reported_and_changes_the_stitches_alone(copied, tmp_path):
     folder = tmp_path / "ws" / "assemblies"
-    same = (*ASSEMBLE, "--finalists", "0")  # which of them is best may change with the matching
+    same = ASSEMBLE  # which of them is best may change with the matching
     assert copied(*same, "--name", "plain").code == 0
     outcome = copied(*same, "--name", "matched", "--match")
     assert outcome.code == 0, outcome.stderr

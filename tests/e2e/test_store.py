@@ -20,8 +20,7 @@ STAGES = {
     "embed": "embed --data demo -n 24 --grid 2 --grid-samples 16",
     "sim": "sim",
     "partition": "partition -K 2 --eps 1 --restarts 5",
-    "assemble": "assemble --max-params 700k --candidates 2 --finalists 0 --fit-samples 16 "
-    "--target-samples 40",
+    "assemble": "assemble --max-params 700k --effort 1 --fit-samples 16 --target-samples 40",
     "finetune": "finetune --steps 4 --report-every 2 --batch-size 8 --valid-fraction 0.2",
 }
 RECORDS = {

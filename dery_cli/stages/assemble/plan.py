@@ -1,8 +1,8 @@
 """How much is built and tried: as much as an allowance of multiply-adds pays for.
 
-The allowance is ``--effort`` passes of all donors over the target's images; half of it is for
-building and scoring, half for cross-validation. It is counted, never timed, so that a slow machine
-and a fast one build the same networks.
+The allowance is ``--effort`` passes of all donors over the target's images, a small zoo counting as
+one of ``FEW_DONORS``; half of it is for building and scoring, half for cross-validation. It is
+counted, never timed, so that a slow machine and a fast one build the same networks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from dery_cli.sizes import show_count
 from dery_cli.stages.assemble.build import FOLDS
 from dery_cli.stages.assemble.candidates import Candidate
 from dery_cli.stages.assemble.setting import Setting
+
+FEW_DONORS = 12
+"""Fewer donors offer fewer networks, but not so many fewer."""
 
 MOST_BUILDS = 128
 """So many are built at most, whatever the allowance."""
@@ -61,11 +64,12 @@ def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Pl
     """
     target = setting.target
     images, fitted = len(target.indices), len(target.fit_indices)
-    half = setting.config.effort * zoo_pass(setting) / 2
+    unit = zoo_pass(setting) * max(1, FEW_DONORS / len(setting.zoo))
+    half = setting.config.effort * unit / 2
     costs = [c.flops * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
     builds = _affordable(costs, half, MOST_BUILDS)
     if not builds:
-        least = 2 * costs[0] / zoo_pass(setting)
+        least = 2 * costs[0] / unit
         raise UsageError(
             f"--effort {setting.config.effort:g} pays for no build: the first takes "
             f"{show_count(costs[0])} multiply-adds",

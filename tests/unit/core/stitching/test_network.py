@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
 
 import dery_demo
 from dery_cli import dissect
+from dery_cli.core.cost.flops import count_flops, count_params
+from dery_cli.core.similarity.features import probe_features
 from dery_cli.core.stitching.head import linear_head
 from dery_cli.core.stitching.network import (
     AssembledNetwork,
     MemoryBudget,
     NetworkBuilder,
-    needs_stitch,
+    head_inputs,
     replay,
 )
 from dery_cli.core.stitching.probe import fit_classifier
-from dery_cli.types import BlockRef
+from dery_cli.types import BlockRef, StitchKind
+from dery_cli.zoo.whole import network_cost
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +46,6 @@ def views():
     generator = torch.Generator().manual_seed(1)
     batches = list(torch.randn(96, 3, 32, 32, generator=generator).split(40))
     return lambda _donor: batches
-
-
-def test_only_neighbours_of_one_donor_meet_without_a_stitch():
-    assert not needs_stitch(BlockRef("a", 0, 3), BlockRef("a", 3, 5))
-    assert needs_stitch(BlockRef("a", 0, 3), BlockRef("a", 4, 5))
-    assert needs_stitch(BlockRef("a", 0, 3), BlockRef("b", 3, 5))
 
 
 @pytest.mark.parametrize("name", ["resnext", "vit_cls", "swin"])
@@ -174,3 +172,70 @@ def test_replay_keeps_within_its_budget():
     done = len(calls)
     assert [float(y.sum()) for y in computed()] == [80.0, 40.0]
     assert len(calls) == done + 2
+
+
+PATHS = {
+    "a truncation": [BlockRef("vit_cls", 0, 3)],
+    "a truncation of a map": [BlockRef("swin", 0, 4)],
+    "a slice": [BlockRef("resnext", 0, 2), BlockRef("resnext", 5, 9)],
+    "an adapter": [BlockRef("resnext", 0, 5), BlockRef("resnext", 5, 9, adapter=True)],
+    "there and back": [
+        BlockRef("resnext", 0, 2),
+        BlockRef("vit_cls", 3, 4),
+        BlockRef("resnext", 2, 4),
+        BlockRef("resnext", 2, 3),
+    ],
+    "into tokens, cut off": [BlockRef("swin", 0, 3), BlockRef("vit_cls", 2, 5)],
+}
+
+
+@pytest.mark.parametrize("name", list(PATHS))
+def test_every_path_is_built_and_costs_what_was_counted(donors, views, name):
+    refs = PATHS[name]
+    network = NetworkBuilder(donors, views).build(refs).network.copy()
+    zoo = {key: types.SimpleNamespace(anatomy=found.anatomy) for key, found in donors.items()}
+    end = donors[refs[-1].donor].anatomy.nodes[refs[-1].stop]
+    network.head = torch.nn.Linear(head_inputs(end), 10)
+    cost = network_cost(zoo, refs, 10, StitchKind.LINEAR)
+    assert count_params(network) == cost.params
+    assert count_flops(network, torch.zeros(1, 3, 32, 32)) == cost.flops
+    with torch.no_grad():
+        assert network(views("")[0]).shape == (40, 10)
+    network(views("")[0]).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    stitched = {str(k) for k in range(1, len(refs))}
+    assert set(network.stitches) == stitched
+
+
+@pytest.mark.parametrize(("name", "node"), [("vit_cls", 3), ("swin", 4), ("resnext", 5)])
+def test_a_truncated_network_ends_with_what_a_probe_sees(donors, views, name, node):
+    network = NetworkBuilder(donors, views).build([BlockRef(name, 0, node)]).network
+    x = views(name)[0]
+    with torch.no_grad():
+        raw = list(donors[name].features(x))[node]
+        seen = probe_features(raw, donors[name].anatomy.nodes[node])
+        assert torch.allclose(network.forward_features(x), seen, atol=1e-5)
+
+
+def test_without_labels_an_adapter_is_the_identity(donors, views):
+    builder = NetworkBuilder(donors, views)
+    whole = builder.build([BlockRef("vit_cls", 0, 8)]).network
+    adapted = builder.build([BlockRef("vit_cls", 0, 4), BlockRef("vit_cls", 4, 8, adapter=True)])
+    assert adapted.fits[1].r2 > 0.999
+    x = views("")[0]
+    with torch.no_grad():
+        difference = (adapted.network(x) - whole(x)).norm() / whole(x).norm()
+    assert difference < 1e-2
+
+
+def test_a_donor_that_comes_twice_is_there_twice(donors, views):
+    refs = [BlockRef("resnext", 0, 3), BlockRef("swin", 2, 3), BlockRef("resnext", 1, 3)]
+    network = NetworkBuilder(donors, views).build(refs).network.copy()
+    first, last = network.blocks[0].state_dict(), network.blocks[2].state_dict()
+    common = [key for key in last if key in first and last[key].is_floating_point()]
+    assert common
+    with torch.no_grad():
+        for parameter in network.blocks[2].parameters():
+            parameter.add_(1)
+    key = next(k for k, _ in network.blocks[2].named_parameters() if k in first)
+    assert not torch.equal(network.blocks[0].state_dict()[key], network.blocks[2].state_dict()[key])
