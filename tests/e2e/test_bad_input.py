@@ -243,7 +243,7 @@ def test_a_new_donor_makes_later_stages_stale(copied):
     outcome = copied("sim", "--json")
     assert outcome.code == 4
     assert "demo__resnet has no embedding" in outcome.json["error"]["message"]
-    assert copied("embed", "--data", "demo").code == 0
+    assert copied("embed", "--data", "DATA").code == 0
     outcome = copied("partition", "--json")
     assert outcome.code == 4
     assert "demo__resnet" in outcome.json["error"]["message"]
@@ -251,19 +251,19 @@ def test_a_new_donor_makes_later_stages_stale(copied):
 
 
 def test_another_embedding_makes_the_matrix_stale(copied):
-    assert copied("embed", "--data", "demo", "--samples", "200").code == 0
-    outcome = copied("assemble", "--json")
+    assert copied("embed", "--data", "DATA", "--samples", "100").code == 0
+    outcome = copied("assemble", "--space", "paper", "--json")
     assert outcome.code == 4
     assert "the similarity is of other embeddings" in outcome.json["error"]["message"]
 
 
-def test_embeddings_from_different_images_are_refused(copied):
-    line = ["embed", "--data", "demo", "--samples", "200", "--donor", "demo__swin"]
+def test_embeddings_from_different_images_are_refused(copied, pipeline):
+    line = ["embed", "--data", "DATA", "--samples", "100", "--donor", "demo__swin"]
     assert copied(*line).code == 0
     outcome = copied("sim", "--json")
     assert outcome.code == 4
     assert "were embedded from different images" in outcome.json["error"]["message"]
-    assert outcome.json["error"]["hint"].startswith("dery embed --data demo")
+    assert outcome.json["error"]["hint"].startswith(f"dery embed --data {pipeline.data}")
 
 
 @pytest.mark.parametrize(

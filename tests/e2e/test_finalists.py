@@ -50,14 +50,14 @@ def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["picked", "best whole donor", "random path"])
-def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, role):
+def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, pipeline, role):
     outcome = copied(*ASSEMBLE, "--effort", "5")
     assert outcome.code == 0, outcome.stderr
     found = row(outcome, role)
     assert found["batch_norm"] == "as it is"
     pairs = zip(found["blocks"], found["adapters"], strict=True)
     blocks = [BlockRef(*block, adapter=adapter) for block, adapter in pairs]
-    data = open_data("demo")
+    data = open_data(str(pipeline.data))
     names = sorted({block.donor for block in blocks})
     donors = {
         name: dissect(

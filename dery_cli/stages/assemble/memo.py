@@ -7,10 +7,12 @@ budgets find it too, and a killed run goes on with what it had.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.data.samples import fingerprint
 from dery_cli.io.artifacts import made_of_the_same, write_record
 from dery_cli.io.records import Artifact, Kind, json_sha256
 from dery_cli.io.schema import boolean, fields, list_of, number, optional
@@ -86,6 +88,22 @@ class Memo:
     def keep_held_out(self, candidate: Candidate, value: float) -> None:
         """Remember a cross-validated accuracy."""
         self._keep(self._wanted(candidate, "held out"), {"value": value})
+
+    def test_top1(self, candidate: Candidate) -> float | None:
+        """The accuracy on the test images; None where it has to be found."""
+        found = self._find(self._wanted(candidate, self._tested))
+        return None if found is None else found["value"]
+
+    def keep_test_top1(self, candidate: Candidate, value: float) -> None:
+        """Remember an accuracy on the test images."""
+        self._keep(self._wanted(candidate, self._tested), {"value": value})
+
+    @functools.cached_property
+    def _tested(self) -> str:
+        """What is asked of test images: a figure of these very ones."""
+        test = self._setting.target.data.test
+        assert test is not None
+        return f"test top-1 {fingerprint(test)}"
 
     def _wanted(self, candidate: Candidate, what: str) -> Artifact:
         config, zoo = self._setting.config, self._setting.zoo

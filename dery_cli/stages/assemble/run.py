@@ -202,13 +202,14 @@ def _build_assembly(job: Job) -> Artifact:
         job.terminal.note(
             f"{target.data.spec} has no labels: no gains, no head; {job.proxy} decides"
         )
-    choice, proof = _choose(job)
+    memo = _memo(job)
+    choice, proof = _choose(job, memo)
     best = choice.compared[0][1]
     rows = []
     with job.terminal.progress("building the pick and its controls", len(choice.compared)) as bar:
         built = setting.builder.build(best.candidate)
         for role, entry in choice.compared:
-            rows.append(_row(setting, role, entry))
+            rows.append(_row(setting, memo, role, entry))
             bar.advance()
     input_shape = _input_shape(setting, best)
     check_size(built.network, best.candidate, input_shape, config.memory_batch)
@@ -239,12 +240,16 @@ def _build_assembly(job: Job) -> Artifact:
     return done
 
 
-def _choose(job: Job) -> tuple[Choice, Proof]:
+def _memo(job: Job) -> Memo:
+    """What networks for this target came to."""
+    digest = job.record.parents["target"]
+    name = target_name(job.setting.target, digest, job.setting.config.seed)
+    return Memo(job.space.builds(name), job.setting, digest)
+
+
+def _choose(job: Job, memo: Memo) -> tuple[Choice, Proof]:
     """What is built and tried, and what is proven of the program."""
     setting, config = job.setting, job.setting.config
-    digest = job.record.parents["target"]
-    builds = job.space.builds(target_name(setting.target, digest, config.seed))
-    memo = Memo(builds, setting, digest)
     chooser = Chooser(job.terminal, setting, job.proxy, memo)
     wholes = setting.whole_candidates()
     if config.blocks is not None:
@@ -350,10 +355,22 @@ def _input_shape(setting: Setting, best: Scored) -> tuple[int, ...]:
     return (spec.in_chans, *spec.image_size)
 
 
-def _row(setting: Setting, role: str, entry: Scored) -> dict[str, Any]:
+def _row(setting: Setting, memo: Memo, role: str, entry: Scored) -> dict[str, Any]:
     return {
         "role": role,
         **entry.to_json(),
         "mean_r2": entry.r2,
-        "test_top1": setting.builder.test_top1(entry.candidate),
+        "test_top1": _test_top1(setting, memo, entry.candidate),
     }
+
+
+def _test_top1(setting: Setting, memo: Memo, candidate: Candidate) -> float | None:
+    """Of the complete network on the test images, which nothing was chosen on."""
+    if setting.target.data.test is None or setting.target.labels is None:
+        return None
+    found = memo.test_top1(candidate)
+    if found is None:
+        found = setting.builder.test_top1(candidate)
+        assert found is not None
+        memo.keep_test_top1(candidate, found)
+    return found
