@@ -41,7 +41,7 @@ _SUFFIX = ".safetensors"
 
 CHECKPOINT = Kind(
     name="checkpoint",
-    version=2,
+    version=3,
     data=fields(
         {
             "step": integer(0),

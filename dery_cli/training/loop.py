@@ -20,6 +20,7 @@ from dery_cli.errors import DeryError, UsageError
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
+from dery_cli.training.guard import MOST_TIMES, SLOWER, LossGuard
 from dery_cli.training.launch import (
     agree_on_signal,
     locked,
@@ -185,6 +186,9 @@ class _Run:
         self.losses: list[torch.Tensor] = []  # of updates not yet looked at
         self.loss_sum, self.loss_count = 0.0, 0  # since the last report
         self.last_loss: float | None = None
+        self.guard = LossGuard(len(classes))
+        self.calmed = 0  # times that the rate was lowered
+        self.risen = ""  # what is wrong with the loss, where something is
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.clock = Clock()
@@ -202,18 +206,47 @@ class _Run:
             rewind_metrics(self.run_dir, -1)
         self._enter_phase()
         if not resume:
+            self._score_start()
             self._save()
         self.accelerator.wait_for_everyone()
 
     def go(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool]) -> None:
-        """Train to the end, or until ``stop``."""
-        loader = train_loader(self.accelerator, self.train, self.plan, self.config, self.step)
-        batches = raise_errors(loader)
-        try:
-            self._train(batches, progress, stop)
-        finally:
-            batches.close()  # ends the loading processes
-            loader.end()
+        """Train to the end, or until ``stop``; go back and on more slowly where the loss rises."""
+        while True:
+            loader = train_loader(self.accelerator, self.train, self.plan, self.config, self.step)
+            batches = raise_errors(loader)
+            try:
+                self._train(batches, progress, stop)
+            finally:
+                batches.close()  # ends the loading processes
+                loader.end()
+            if not self.risen:
+                return
+            self._calm()
+
+    def _score_start(self) -> None:
+        """The network as it came is the first that may be the best."""
+        if self.valid_loader is None:
+            return
+        found = score(self.accelerator, self.trained.evaluated, self.valid_loader, self.classes)
+        self._keep_best({"step": 0, **found})
+
+    def _calm(self) -> None:
+        """Go back to the last checkpoint, with a lower rate."""
+        times, wrong, at = self.calmed + 1, self.risen, self.step
+        self.losses, self.risen = [], ""
+        self._load()
+        factor = SLOWER ** (self.calmed - times)
+        for group in self.optimizer.param_groups:
+            for rate in ("lr", "initial_lr"):
+                if rate in group:
+                    group[rate] *= factor
+        self.calmed = times
+        self._enter_phase()
+        self.warn(
+            f"{wrong} at update {at}: going back to update {self.step}, with a rate of 1/"
+            f"{SLOWER**times} of what was asked for"
+        )
 
     def _train(
         self,
@@ -223,7 +256,10 @@ class _Run:
     ) -> None:
         reports = set(self.plan.reports)
         while self.step < self.plan.steps:
-            if self._look(stop()):
+            wish = self._look(stop())
+            if self.risen:
+                return
+            if wish:
                 self._save()
                 return
             with self.clock.update(frozen=self.plan.phase(self.step).frozen):
@@ -232,6 +268,8 @@ class _Run:
             if self.step in reports:
                 with self.clock.report():
                     report = self._report(lr)
+                if self.risen:
+                    return
             if progress is not None and self.accelerator.is_main_process:
                 progress(self._progress(lr, report))
 
@@ -282,17 +320,35 @@ class _Run:
         self.losses = []
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
-                raise diverged(self.run_dir, f"the loss is {loss}", step, self.plan.steps)
+                self._object(f"the loss is {loss}", step)
+                break
+            self.guard.add(loss)
+            if self.guard.risen and self.calmed < MOST_TIMES:
+                self._object(f"the loss rose to {loss:.3g} from {self.guard.start:.3g}", step)
+                break
             self.loss_sum += loss
             self.loss_count += 1
             self.last_loss = loss
-        if now and not self.trained.is_finite:  # a gradient breaks them an update before the loss
-            raise diverged(self.run_dir, "the weights are not finite", self.step, self.plan.steps)
+        if now and not self.risen and not self.trained.is_finite:
+            # a gradient breaks them an update before the loss
+            self._object("the weights are not finite", self.step)
         return bool(wish > 0)
 
-    def _report(self, lr: float) -> dict[str, Any]:
-        """Score, note and save."""
+    def _object(self, wrong: str, step: int) -> None:
+        """Remember what is wrong with the loss, to go back.
+
+        Raises:
+            DeryError: It was gone back too often.
+        """
+        if self.calmed >= MOST_TIMES:
+            raise diverged(self.run_dir, wrong, step, self.plan.steps)
+        self.risen = wrong
+
+    def _report(self, lr: float) -> dict[str, Any] | None:
+        """Score, note and save; nothing where the loss has risen."""
         self._look(False, now=True)
+        if self.risen:
+            return None
         line: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.plan.epoch(self.step), 4),
@@ -305,17 +361,23 @@ class _Run:
             line.update(score(self.accelerator, network, self.valid_loader, self.classes))
         done = self.step == self.plan.steps
         better = done if self.valid_loader is None else is_better(line, self.best)
-        if better:
-            self.best = {k: v for k, v in line.items() if k == "step" or k.startswith("valid_")}
         self.history.append(line)
         if self.accelerator.is_main_process:
             append_metrics(self.run_dir, line)
-            if better:
-                state = {"classes": self.classes, **finite_or_none(self.best)}
-                weights = {"model": self.trained.evaluated.state_dict()}
-                ckpt.save_checkpoint(self.run_dir, "best", self.step, weights, state)
+        if better:
+            self._keep_best(
+                {k: v for k, v in line.items() if k == "step" or k.startswith("valid_")}
+            )
         self._save()
         return line
+
+    def _keep_best(self, best: dict[str, Any]) -> None:
+        """Write the weights that are scored now as the best."""
+        self.best = best
+        if self.accelerator.is_main_process:
+            state = {"classes": self.classes, **finite_or_none(best)}
+            weights = {"model": self.trained.evaluated.state_dict()}
+            ckpt.save_checkpoint(self.run_dir, "best", self.step, weights, state)
 
     # -- phases -----------------------------------------------------------------------------
 
@@ -325,7 +387,8 @@ class _Run:
         optim.set_trainable(self.model, frozen=phase.frozen, trainable=self.trainable)
         optim.set_train_mode(self.model, frozen=phase.frozen, fixed=self.fixed_norms)
         share_batch_norms(self.accelerator, self.trainee, self.warn)
-        self.scheduler = optim.make_scheduler(self.optimizer, config, phase)
+        scale = SLOWER**-self.calmed
+        self.scheduler = optim.make_scheduler(self.optimizer, config, phase, scale=scale)
         self.scheduler.step_update(self.step - phase.start)
         if self.wrapped is not self.trainee:
             self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
@@ -336,7 +399,7 @@ class _Run:
     def _save(self) -> None:
         """Save everything a resumed run needs, then remove older checkpoints."""
         self._look(False, now=True)
-        if self.saved_step == self.step:
+        if self.saved_step == self.step or self.risen:
             return
         self.saved_step = self.step
         if self.accelerator.is_main_process:
@@ -346,6 +409,7 @@ class _Run:
                 "random": {"seed": self.config.seed, "step": self.step},
                 "loss": [self.loss_sum, self.loss_count],
                 "best": finite_or_none(self.best),
+                "guard": [self.calmed, self.guard.first, self.guard.recent],
                 "fixed_norms": sorted(self.fixed_norms),
             }
             self.trained.save(self.run_dir, self.step, state)
@@ -371,6 +435,8 @@ class _Run:
         self.step = self.saved_step = saved.step
         self.loss_sum, self.loss_count = saved.state["loss"]
         self.best = {k: math.nan if v is None else v for k, v in saved.state["best"].items()}
+        self.calmed, first, recent = saved.state["guard"]
+        self.guard = LossGuard(len(self.classes), first, recent)
         self.fixed_norms = frozenset(saved.state["fixed_norms"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -104,16 +104,23 @@ def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig) -> torc
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, config: FinetuneConfig, phase: Phase
+    optimizer: torch.optim.Optimizer, config: FinetuneConfig, phase: Phase, *, scale: float = 1.0
 ) -> CosineLRScheduler:
-    """Cosine with warm-up over one phase (timm's); step it by the updates since its start."""
+    """Cosine with warm-up over one phase (timm's); step it by the updates since its start.
+
+    Args:
+        optimizer: Its groups have their rates.
+        config: The others.
+        phase: Which.
+        scale: Of all rates; the groups' have it already.
+    """
     warmup = warmup_updates(config, phase)
     return CosineLRScheduler(
         optimizer,
         t_initial=max(phase.steps - warmup, 2),  # of one, timm logs that it does nothing
-        lr_min=config.min_lr,
+        lr_min=scale * config.min_lr,
         warmup_t=warmup,
-        warmup_lr_init=config.lr / (warmup + 1),
+        warmup_lr_init=scale * config.lr / (warmup + 1),
         warmup_prefix=True,
         t_in_epochs=False,
     )

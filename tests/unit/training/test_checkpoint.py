@@ -128,7 +128,7 @@ def test_an_altered_file_is_named_with_both_hashes(tmp_path, damage):
     ("change", "seal", "text"),
     [
         (lambda b: b["data"].update(step=6), False, "was altered: its sha256 is"),
-        (lambda b: b.update(version=3), False, "was written by a newer dery (format 3"),
+        (lambda b: b.update(version=4), False, "was written by a newer dery (format 4"),
         (lambda b: b.update(format="dery-checkpoint"), False, "is in the older format"),
         (lambda b: b.update(format="other"), False, "holds 'other'"),
         (lambda b: b.pop("sha256"), False, "is damaged: it has no field 'sha256'"),

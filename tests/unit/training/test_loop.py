@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.training import checkpoint as ckpt
+from dery_cli.training.guard import LossGuard
 from dery_cli.training.loop import finetune
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.runlog import run_lock
@@ -147,7 +148,7 @@ def pretrained():
 
 def test_fixed_batch_norms_train_but_keep_their_statistics(tmp_path):
     before, model = pretrained().state_dict(), pretrained()
-    run(tmp_path, model, batch_norm="fixed")
+    run(tmp_path, model, valid=None, batch_norm="fixed")
     after = model.state_dict()
     assert torch.equal(before["blocks.0.1.running_mean"], after["blocks.0.1.running_mean"])
     assert torch.equal(before["blocks.0.1.running_var"], after["blocks.0.1.running_var"])
@@ -278,38 +279,48 @@ def test_progress_tells_every_update(tmp_path):
 
 
 class Diverging(nn.Module):
-    """Logits become infinite at the seventh batch of training."""
+    """Logits become infinite at some batches of training."""
 
-    def __init__(self):
+    def __init__(self, *batches):
         super().__init__()
         self.head = nn.Linear(3 * 64, 3)
-        self.calls = 0
+        self.calls, self.batches = 0, batches
 
     def forward(self, x):
         self.calls += self.training
-        return self.head(x.flatten(1)) * (math.inf if self.calls == 7 else 1.0)
+        return self.head(x.flatten(1)) * (math.inf if self.calls in self.batches else 1.0)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_goes_back_to_the_last_good_checkpoint(tmp_path):
+    with pytest.warns(UserWarning, match="the loss is nan at update 7: going back to update 4"):
+        result = run(tmp_path, Diverging(7), ema_decay=None)
+    assert result.finished
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
+
+
+@pytest.mark.filterwarnings("ignore:the loss is nan")
+def test_a_loss_that_stays_not_finite_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
     with pytest.raises(DeryError) as error:
-        run(tmp_path, Diverging(), ema_decay=None)
+        run(tmp_path, Diverging(*range(7, 99)), ema_decay=None)
     assert error.value.message == (
-        f"the loss is nan at update 7 of 12; the last good checkpoint is {tmp_path}/last-000004"
+        f"the loss is nan at update 5 of 12; the last good checkpoint is {tmp_path}/last-000004"
     )
-    assert error.value.details == {"step": 7, "checkpoint": f"{tmp_path}/last-000004"}
+    assert error.value.details == {"step": 5, "checkpoint": f"{tmp_path}/last-000004"}
     assert ckpt.load_checkpoint(tmp_path / "last-000004").step == 4
 
 
 def test_weights_that_break_before_the_loss_are_not_saved(tmp_path):
-    """The eighth update's gradient is NaN, its loss is not, and then a report is due."""
+    """From the eighth update on gradients are NaN; its loss is not, and then a report is due."""
     model, calls = Assembly(), itertools.count(1)
-    model.head.weight.register_hook(lambda grad: grad * (math.nan if next(calls) == 8 else 1.0))
-    with pytest.raises(DeryError) as error:
+    model.head.weight.register_hook(lambda grad: grad * (math.nan if next(calls) >= 8 else 1.0))
+    with (
+        pytest.warns(UserWarning, match="the weights are not finite at update 8: going back"),
+        pytest.raises(DeryError) as error,
+    ):
         run(tmp_path, model)
-    assert error.value.message.startswith("the weights are not finite at update 8 of 12")
-    assert error.value.details == {"step": 8, "checkpoint": f"{tmp_path}/last-000004"}
+    assert error.value.message.startswith("the loss is nan at update 6 of 12")
+    assert error.value.details == {"step": 6, "checkpoint": f"{tmp_path}/last-000004"}
     assert [line["step"] for line in lines(tmp_path)] == [4]
-    assert [folder.name for folder in ckpt.checkpoints(tmp_path, "best")] == ["best-000004"]
     for named in ckpt.load_checkpoint(tmp_path / "last-000004").tensors.values():
         assert all(value.isfinite().all() for value in named.values())
 
@@ -410,3 +421,84 @@ def test_the_precision_of_one_run_does_not_stick_to_the_next(tmp_path):
     run(tmp_path / "no", mixed_precision="no")
     assert lines(tmp_path / "none") == lines(tmp_path / "no")
     assert lines(tmp_path / "none") != lines(tmp_path / "bf16")
+
+
+def wild(tmp_path, **changes):
+    """A rate that throws the network far off, and so does a third of it."""
+    told = []
+    settings = {"steps": 40, "lr": 30.0, "warmup": 0, "clip_grad": 0.0, "report_every": 10}
+    options = {**settings, "batch_size": 16, **changes}
+    stop = options.pop("stop", None)
+    resume = options.pop("resume", None)
+    result = finetune(
+        Assembly(norm=False),
+        images(),
+        images(30, seed=2),
+        FinetuneConfig(**options),
+        tmp_path,
+        device="cpu",
+        classes=CLASSES,
+        warn=told.append,
+        stop=stop,
+        resume=resume,
+    )
+    return result, told
+
+
+def test_a_loss_that_rises_goes_back_to_a_lower_rate(tmp_path):
+    result, told = wild(tmp_path)
+    assert result.finished
+    risen = [line for line in told if "the loss rose to" in line]
+    assert risen
+    assert "going back to update" in risen[0]
+    assert "a rate of 1/3 of what was asked for" in risen[0]
+    assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30, 40]
+    rates = [line["lr"] for line in lines(tmp_path)]
+    assert rates[-1] < 10
+
+
+def test_a_run_that_went_back_resumes_to_the_bit(tmp_path):
+    wild(tmp_path / "one")
+    for updates in (5, 9, 17, 25):
+        seen = itertools.count()
+
+        def stop(seen=seen, updates=updates):
+            return next(seen) >= updates
+
+        folder = tmp_path / f"at-{updates}"
+        cut, _ = wild(folder, stop=stop)
+        assert not cut.finished
+        wild(folder)
+        assert_same_run(tmp_path / "one", folder)
+
+
+def test_the_start_is_kept_where_nothing_beats_it(tmp_path):
+    model = Assembly()
+    run(tmp_path / "good", model, steps=80, lr=0.01, report_every=20)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = run(
+        tmp_path / "worse", model, steps=4, lr=3.0, clip_grad=0.0, warmup=0, report_every=2
+    )
+    assert result.best_step == 0
+    assert same(model.state_dict(), before)
+    assert all(line["valid_top1"] <= result.best["valid_top1"] for line in result.history)
+
+
+def test_a_guard_wants_a_rise_far_above_the_start():
+    guard = LossGuard(10)
+    for loss in [2.0] * 20 + [9.0]:  # one bad batch
+        guard.add(loss)
+    assert not guard.risen
+    for _ in range(7):
+        guard.add(4.2)
+    assert not guard.risen
+    for _ in range(8):
+        guard.add(4.4)  # above 2.0 + log 10
+    assert guard.risen
+    again = LossGuard(10, guard.first, guard.recent)
+    assert again.risen
+    assert again.start == guard.start == 2.0
+    fine = LossGuard(10)
+    for step in range(100):
+        fine.add(7.0 - 0.05 * step)
+    assert not fine.risen
