@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,14 +201,15 @@ def is_unfinished(run_dir: Path) -> bool:
     return not isinstance(steps, int) or 0 < record.data["step"] < steps
 
 
-def keep_only(run_dir: Path, **steps: int | None) -> None:
-    """Remove the checkpoints of each kind named but the one of that step, and what was cut off.
+def keep_only(run_dir: Path, **steps: int | Collection[int] | None) -> None:
+    """Remove the checkpoints of each kind named but those of these steps, and what was cut off.
 
     ``keep_only(run_dir, last=150, best=120)``; None removes all of the kind.
     """
     for kind, step in steps.items():
+        kept = () if step is None else (step,) if isinstance(step, int) else step
         for folder in checkpoints(run_dir, kind):
-            if _step_of(folder) != step:
+            if _step_of(folder) not in kept:
                 discard(folder)
     for partial in run_dir.glob(".*.tmp"):
         if partial.is_dir():

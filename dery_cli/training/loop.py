@@ -188,6 +188,7 @@ class _Run:
         self.last_loss: float | None = None
         self.guard = LossGuard(len(classes))
         self.calmed = 0  # times that the rate was lowered
+        self.good_step = 0  # of the last report, where to go back to
         self.risen = ""  # what is wrong with the loss, where something is
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
@@ -207,7 +208,7 @@ class _Run:
         self._enter_phase()
         if not resume:
             self._score_start()
-            self._save()
+            self._save(good=True)
         self.accelerator.wait_for_everyone()
 
     def go(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool]) -> None:
@@ -232,10 +233,10 @@ class _Run:
         self._keep_best({"step": 0, **found})
 
     def _calm(self) -> None:
-        """Go back to the last checkpoint, with a lower rate."""
+        """Go back to the last report, with a lower rate."""
         times, wrong, at = self.calmed + 1, self.risen, self.step
         self.losses, self.risen = [], ""
-        self._load()
+        self._load(self.good_step)
         factor = SLOWER ** (self.calmed - times)
         for group in self.optimizer.param_groups:
             for rate in ("lr", "initial_lr"):
@@ -260,7 +261,7 @@ class _Run:
             if self.risen:
                 return
             if wish:
-                self._save()
+                self._save()  # no report: what there is to go back to stays
                 return
             with self.clock.update(frozen=self.plan.phase(self.step).frozen):
                 lr = self._update(batches)
@@ -368,7 +369,7 @@ class _Run:
             self._keep_best(
                 {k: v for k, v in line.items() if k == "step" or k.startswith("valid_")}
             )
-        self._save()
+        self._save(good=True)
         return line
 
     def _keep_best(self, best: dict[str, Any]) -> None:
@@ -396,12 +397,17 @@ class _Run:
 
     # -- saving -----------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        """Save everything a resumed run needs, then remove older checkpoints."""
+    def _save(self, *, good: bool = False) -> None:
+        """Save everything a resumed run needs, then remove older checkpoints.
+
+        Args:
+            good: Whether a run whose loss rises goes back to here.
+        """
         self._look(False, now=True)
         if self.saved_step == self.step or self.risen:
             return
         self.saved_step = self.step
+        self.good_step = self.step if good else self.good_step
         if self.accelerator.is_main_process:
             state = {
                 "run": self.identity,
@@ -409,11 +415,12 @@ class _Run:
                 "random": {"seed": self.config.seed, "step": self.step},
                 "loss": [self.loss_sum, self.loss_count],
                 "best": finite_or_none(self.best),
-                "guard": [self.calmed, self.guard.first, self.guard.recent],
+                "guard": [self.calmed, self.good_step, self.guard.first, self.guard.recent],
                 "fixed_norms": sorted(self.fixed_norms),
             }
             self.trained.save(self.run_dir, self.step, state)
-            ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
+            kept = {self.step, self.good_step}
+            ckpt.keep_only(self.run_dir, last=kept, best=self.best.get("step"))
         self.accelerator.wait_for_everyone()
 
     def _go_on(self) -> bool:
@@ -430,17 +437,19 @@ class _Run:
             self.warn(f"going on from update {self.step} of {self.plan.steps}")
         return True
 
-    def _load(self) -> None:
-        saved = self.trained.load(self.run_dir, self.identity)
+    def _load(self, step: int | None = None) -> None:
+        """Take everything from the last checkpoint, or from that of a step."""
+        saved = self.trained.load(self.run_dir, self.identity, step=step)
         self.step = self.saved_step = saved.step
         self.loss_sum, self.loss_count = saved.state["loss"]
         self.best = {k: math.nan if v is None else v for k, v in saved.state["best"].items()}
-        self.calmed, first, recent = saved.state["guard"]
+        self.calmed, self.good_step, first, recent = saved.state["guard"]
         self.guard = LossGuard(len(self.classes), first, recent)
         self.fixed_norms = frozenset(saved.state["fixed_norms"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            ckpt.keep_only(self.run_dir, last=self.step, best=self.best.get("step"))
+            kept = {self.step, self.good_step}
+            ckpt.keep_only(self.run_dir, last=kept, best=self.best.get("step"))
             self.history = rewind_metrics(self.run_dir, self.step, self.warn)
 
     # -- the end ----------------------------------------------------------------------------

@@ -43,7 +43,7 @@ _STATE = fields(
         "random": plain_object,
         "loss": row(number(), integer(0)),
         "best": fields({}, {"step": integer(0)}, more=optional(number())),
-        "guard": row(integer(0), list_of(number()), list_of(number())),
+        "guard": row(integer(0), integer(0), list_of(number()), list_of(number())),
         "fixed_norms": list_of(any_text),
         "optimizer": fields({"plain": plain_object, "param_groups": list_of(plain_object)}),
         "scaler": optional(plain_object),
@@ -98,14 +98,18 @@ class Trained:
             run_dir, "last", step, tensors, {**state, "optimizer": plain, "scaler": scaler}
         )
 
-    def load(self, run_dir: Path, identity: Mapping[str, Any]) -> ckpt.Checkpoint:
-        """Take everything from the last checkpoint, which must be of the same run.
+    def load(
+        self, run_dir: Path, identity: Mapping[str, Any], *, step: int | None = None
+    ) -> ckpt.Checkpoint:
+        """Take everything from the last checkpoint, or a step's, which must be of the same run.
 
         Raises:
             UsageError: There is none, or it is of other data or options.
             DeryError: It or the best one is damaged, or of another network.
         """
         folder = ckpt.find_checkpoint(run_dir, "last")
+        if step is not None:
+            folder = ckpt.checkpoint_folder(run_dir, "last", step)
         if folder is None:
             raise UsageError(f"{run_dir} holds no checkpoint to resume from", "leave out --resume")
         saved = ckpt.load_checkpoint(folder, state=_STATE)

@@ -16,6 +16,7 @@ from dery_cli.core.stitching.probe import fit_classifier, stratified_folds
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.sets import open_data
 from dery_cli.stages.assemble import choose as assemble_stage
+from dery_cli.stages.assemble import memo
 from dery_cli.types import BlockRef
 
 ASSEMBLE = ("assemble", "--max-params", "700k", "--json")
@@ -25,8 +26,15 @@ def row(outcome, role):
     return next(r for r in outcome.json["result"]["comparison"] if r["role"] == role)
 
 
-def test_with_no_finalists_the_proxy_decides(copied, tmp_path):
-    outcome = copied(*ASSEMBLE, "--effort", "1")
+@pytest.fixture
+def no_finalists(copied):
+    """An effort that pays for a build and for no trial."""
+    hint = copied(*ASSEMBLE, "--effort", "0.01").json["error"]["hint"]
+    return ("--effort", str(2 * float(hint.split()[1])))
+
+
+def test_with_no_finalists_the_proxy_decides(copied, tmp_path, no_finalists):
+    outcome = copied(*ASSEMBLE, *no_finalists)
     assert outcome.code == 0, outcome.stderr
     result = outcome.json["result"]
     path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
@@ -104,12 +112,13 @@ def test_a_few_images_hold_nothing_out(copied):
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, value):
+def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, no_finalists, value):
     def proxy(inputs):
         return 1.0 if len(inputs.network.blocks) > 1 else value
 
     monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: proxy)
-    outcome = copied(*ASSEMBLE, "--effort", "1")
+    monkeypatch.setattr(memo, "is_built_in", lambda group, name: False)
+    outcome = copied(*ASSEMBLE, *no_finalists)
     assert outcome.code == 0, outcome.stderr
     assert row(outcome, "best whole donor")["proxy"] is None
     assert not outcome.json["result"]["whole"]
@@ -119,6 +128,6 @@ def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, v
         [entry["proxy"] for entry in listed], key=lambda score: score is None
     )
     monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: lambda inputs: value)
-    outcome = copied(*ASSEMBLE, "--effort", "1", "--name", "none")
+    outcome = copied(*ASSEMBLE, *no_finalists, "--name", "none")
     assert outcome.code == 1
     assert "gives no candidate a finite score" in outcome.json["error"]["message"]

@@ -15,6 +15,8 @@ ASSEMBLE = (
     "assemble",
     "--max-params",
     "1.5M",
+    "--space",
+    "paper",
     "--no-whole",
     "--effort",
     "1",
@@ -44,7 +46,8 @@ def test_every_kind_is_counted_written_and_loaded(copied, tmp_path, kind):
 def test_latency_and_memory_are_those_of_the_kind(copied):
     sizes = {}
     for kind in ("linear", "mlp"):
-        outcome = copied(*ASSEMBLE, "--stitch", kind, "--max-memory", "1G", "--max-latency", "1s")
+        limits = ("--max-memory", "1G", "--max-latency", "10s")
+        outcome = copied(*ASSEMBLE, "--stitch", kind, *limits)
         assert outcome.code == 0, outcome.stderr
         sizes[kind] = outcome.json["result"]["comparison"][0]["memory_bytes"]
     assert all(size > 0 for size in sizes.values())

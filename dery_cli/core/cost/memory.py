@@ -68,7 +68,17 @@ def activation_peak(module: nn.Module, shape: tuple[int, ...], batch_size: int) 
         shape: Of the input for one image.
         batch_size: Images.
     """
-    twin = meta_copy(module).eval().requires_grad_(False)
+    return peak_on_meta(meta_copy(module).eval().requires_grad_(False), shape, batch_size)
+
+
+def peak_on_meta(twin: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
+    """``activation_peak`` of a module that is on the ``meta`` device, in eval mode.
+
+    Args:
+        twin: Takes one float32 tensor.
+        shape: Of the input for one image.
+        batch_size: Images.
+    """
     x = torch.empty((batch_size, *shape), device="meta")
     with torch.inference_mode(), PeakBytes([x, *twin.parameters(), *twin.buffers()]) as peak:
         twin(x)

@@ -23,6 +23,7 @@ from torch import nn
 from dery_cli.core.dissection.block import Block, Finish, Lookup
 from dery_cli.core.dissection.classifier import classifier_ops, downstream, head_input
 from dery_cli.core.dissection.layout import Geometry, Positions, geometry
+from dery_cli.core.dissection.meta import meta_copy
 from dery_cli.core.dissection.steps import (
     Runner,
     Step,
@@ -72,6 +73,10 @@ class Dissection:
         self.classifier_params = plan.classifier_params
         self.classifier_flops = plan.classifier_flops
         self.unused_params = plan.unused_params
+
+    def on_meta(self) -> Dissection:
+        """The same without weights, on the ``meta`` device: for what follows from shapes alone."""
+        return Dissection(meta_copy(self._model).eval().requires_grad_(False), self._plan)
 
     def block(self, start: int, stop: int) -> nn.Module:
         """The block between nodes ``start`` and ``stop``.

@@ -45,7 +45,7 @@ class Candidate:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for equal networks that are built in the same way."""
-        return (self.refs, self.reestimated)
+        return (merged(self.refs), self.reestimated)
 
     @property
     def sequence(self) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def unique(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Each network once, the first of each."""
     seen: dict[tuple[object, ...], Candidate] = {}
     for candidate in candidates:
-        seen.setdefault((merged(candidate.refs), candidate.reestimated), candidate)
+        seen.setdefault(candidate.key, candidate)
     return list(seen.values())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from dery_cli.core.assembly.notation import needs_stitch
 from dery_cli.core.assembly.paths import Space
 from dery_cli.core.assembly.problem import IntArray, Resource, peak_resources
 from dery_cli.core.cost.latency import interleaved_medians
-from dery_cli.core.cost.memory import activation_peak, weight_bytes
+from dery_cli.core.cost.memory import activation_peak, peak_on_meta, weight_bytes
+from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.stitching.network import (
     AssembledNetwork,
     Donors,
@@ -336,17 +337,21 @@ class MemoryTable:
     ) -> None:
         self._zoo, self._donors, self._kind = zoo, donors, kind
         self._batch_size, self._num_classes = batch_size, num_classes
+        self._twins: dict[str, Dissection] = {}
         self._blocks: dict[tuple[str, int, int, bool], tuple[int, int]] = {}
         self._stitches: dict[object, int] = {}
 
     def _block(self, ref: BlockRef, last: bool) -> tuple[int, int]:
         key = (ref.donor, ref.start, ref.stop, last)
         if key not in self._blocks:
-            module: nn.Module = self._donors[ref.donor].block(ref.start, ref.stop).eval()
+            if ref.donor not in self._twins:
+                self._twins[ref.donor] = self._donors[ref.donor].on_meta()
             nodes = self._zoo[ref.donor].anatomy.nodes
-            if last:
-                module = _ended(module, nodes[ref.stop], self._num_classes)
-            peak = activation_peak(module, tuple(nodes[ref.start].shape), self._batch_size)
+            with torch.device("meta"):
+                module = self._twins[ref.donor].block(ref.start, ref.stop).eval()
+                if last:
+                    module = _ended(module, nodes[ref.stop], self._num_classes)
+            peak = peak_on_meta(module, tuple(nodes[ref.start].shape), self._batch_size)
             self._blocks[key] = (weight_bytes(module), peak)
         return self._blocks[key]
 
@@ -380,13 +385,18 @@ class MemoryTable:
         return weights + max(self.peak(ref, last=end) for ref, end in zip(refs, ends, strict=True))
 
     def parts(
-        self, space: Space, nodes: Sequence[Node], advance: Callable[[], None]
+        self,
+        space: Space,
+        nodes: Sequence[Node],
+        left_out: Collection[str],
+        advance: Callable[[], None],
     ) -> tuple[tuple[IntArray, IntArray, IntArray], IntArray, IntArray]:
         """Weights of every segment, stitch and head of the free space; the segments' peaks.
 
         Args:
             space: The free space.
             nodes: Its nodes.
+            left_out: Donors that no path may use: nothing is counted for them.
             advance: Called once a segment.
 
         Returns:
@@ -395,6 +405,10 @@ class MemoryTable:
         weights, peaks, lasts = [], [], []
         head_V = np.zeros(len(nodes), dtype=np.int64)
         for ref, stop in _segment_refs(space):
+            if ref.donor in left_out:
+                for counts in (weights, peaks, lasts):
+                    counts.append(0)
+                continue
             weights.append(self.weights(ref, last=False))
             peaks.append(self.peak(ref, last=False))
             lasts.append(self.peak(ref, last=True))

@@ -232,6 +232,7 @@ class PathSearch:
 
     def __init__(self, setting: Setting, advance: Callable[[], None] = lambda: None) -> None:
         self.setting, self._advance = setting, advance
+        self._left_out = left_out(setting.zoo, setting.config.donors)
         self._pins = pins_of(setting.config, setting.zoo)
         self.free, self.stated = self._state(None)
 
@@ -255,7 +256,9 @@ class PathSearch:
             limits["latency"] = Limits(maximum=budget.max_latency)
         if setting.memory is not None:
             assert budget.max_memory is not None
-            weights, peak_G, last_G = setting.memory.parts(space, free.nodes, self._advance)
+            weights, peak_G, last_G = setting.memory.parts(
+                space, free.nodes, set().union(*self._left_out.values()), self._advance
+            )
             space = with_costs(space, "memory", weights)
             peak = Peak(option="memory", peak_G=peak_G, last_G=last_G, maximum=budget.max_memory)
         stated = path_problem(
@@ -263,7 +266,7 @@ class PathSearch:
             limits,
             peak=peak,
             pins=self._pins,
-            excluded=left_out(setting.zoo, config.donors),
+            excluded=self._left_out,
             whole=config.whole,
             max_donors=config.max_donors,
         )
