@@ -402,7 +402,9 @@ class MemoryTable:
         Returns:
             The weights, the peaks, and the peaks of segments that are the last.
         """
-        weights, peaks, lasts = [], [], []
+        weights: list[int] = []
+        peaks: list[int] = []
+        lasts: list[int] = []
         head_V = np.zeros(len(nodes), dtype=np.int64)
         for ref, stop in _segment_refs(space):
             if ref.donor in left_out:
