@@ -74,7 +74,9 @@ def test_the_second_process_says_that_it_waits(tmp_path):
 
 def test_who_takes_the_lock_finishes_or_removes_what_a_killed_process_left(tmp_path, monkeypatch):
     space = Workspace(tmp_path)
+    target = space.target("t")
     places = [space.zoo, space.embedding("a"), space.similarity("cka"), space.assembly("b")]
+    places += [target / "joints.json", target / "donors" / "a.json"]
     real = os.replace
     for path in places:
         write(path, 1)
@@ -91,12 +93,12 @@ def test_who_takes_the_lock_finishes_or_removes_what_a_killed_process_left(tmp_p
         left = {p.name for p in tmp_path.rglob("*") if p.name.endswith((".pending", ".part"))}
         # of a record in the workspace's own folder only the record's files are known
         assert left == {"mine.part"}
-        assert [value_of(opened(path)) for path in places] == [2, 2, 2, 2]
+        assert [value_of(opened(path)) for path in places] == [2] * 6
 
 
 def test_names_that_lead_elsewhere_make_no_path(tmp_path):
     space = Workspace(tmp_path)
-    for make in (space.embedding, space.similarity, space.assembly, space.run):
+    for make in (space.embedding, space.similarity, space.target, space.assembly, space.run):
         assert tmp_path in make("a.b-c").parents
         for name in ("../x", "/x", "..", "", "a/b", ".x", "a\nb"):
             with pytest.raises(UsageError, match="is no plain name"):

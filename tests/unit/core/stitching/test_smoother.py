@@ -64,6 +64,16 @@ def test_each_group_gets_the_penalty_of_its_least_generalised_error(n, c):
     assert found[0] == found[2] < found[1]
 
 
+def test_where_any_output_is_fitted_exactly_rounding_errors_choose_no_penalty():
+    """As many directions as samples: nothing lies outside them, in float32 neither."""
+    x, _ = _data(60, 300)
+    smoother = Smoother.of(x)
+    assert smoother.basis_NR.shape == (60, 60)
+    weights = torch.randn(300, 40, generator=torch.Generator().manual_seed(2)).double()
+    groups = ((x.double() - 5) / x.std(0) @ weights)[:, :, None]
+    assert set(smoother.best_penalties(groups.float())) == set(smoother.best_penalties(groups))
+
+
 def test_a_constant_input_predicts_the_mean_of_the_other_folds():
     order, spans = in_folds(torch.arange(10) % 2)
     y = torch.arange(10.0)[order][:, None]
