@@ -38,8 +38,9 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
     ]
     for block, joint in zip(network["blocks"], network["joints"], strict=True):
         r2 = "" if joint is None or joint["r2"] is None else f"{joint['r2']:.3f}"
+        donor = markdown(block["donor"])
         lines.append(
-            f"| {block['stage'] + 1} | {markdown(block['donor'])} | {block['start']}-{block['stop']} "
+            f"| {block['stage'] + 1} | {donor} | {block['start']}-{block['stop']} "
             f"| {markdown(block['task'])} | {markdown(block['license'])} | {r2} |"
         )
     lines += [

@@ -135,8 +135,7 @@ def test_signals_where_no_body_can_unwind(tmp_path, number, what):
         text=True,
     ) as process:
         assert process.stderr.readline() == "ready\n"
-        if what == "importing":
-            time.sleep(0.1)
+        time.sleep(0.3)  # now it is where it says
         started = time.monotonic()
         process.send_signal(number)
         if what == "tidying":
