@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dery_cli.core.dissection.trees import take_apart
+
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose tensors are all on the ``meta`` device: structure without memory.
@@ -45,6 +47,8 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
         elif isinstance(value, (list, tuple, set)):
             for item in value:
                 yield from _tensors(item, depth + 1)
+        elif (shell := take_apart(value)) is not None:
+            yield from _tensors(dict(shell.parts), depth + 1)
 
 
 class FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]

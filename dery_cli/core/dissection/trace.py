@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dery_cli.core.dissection.meta import SHORTCUTS, FlopMeter, lstm_flops, meta_copy
+from dery_cli.core.dissection.trees import Field, Shell, leaves, map_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Attr:
     keys: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return ".".join(filter(None, [self.path, *map(str, self.keys)]))
+        names = (key.name if isinstance(key, Field) else str(key) for key in self.keys)
+        return ".".join(filter(None, [self.path, *names]))
 
 
 @dataclasses.dataclass
@@ -151,34 +153,6 @@ def record(
         with recorder:
             recorder.run(image)
     return recorder.trace()
-
-
-def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """``tree`` with every tensor in its tuples, lists, dicts and slices replaced."""
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, slice):
-        return slice(*(map_tensors(part, change) for part in (tree.start, tree.stop, tree.step)))
-    if isinstance(tree, dict):
-        return {key: map_tensors(item, change) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        items = [map_tensors(item, change) for item in tree]
-        if isinstance(tree, list):
-            return items
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    return tree
-
-
-def leaves(tree: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
-    """The tensors in ``tree`` with the keys that lead to them."""
-    if isinstance(tree, torch.Tensor):
-        yield keys, tree
-    elif isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from leaves(item, (*keys, key))
-    elif isinstance(tree, (list, tuple)):
-        for index, item in enumerate(tree):
-            yield from leaves(item, (*keys, index))
 
 
 _SHAPE_ONLY = {
@@ -357,6 +331,8 @@ def _reads(tree: Any) -> list[int]:
     def look(item: Any) -> None:
         if isinstance(item, Ref):
             found[item.value] = None
+        elif isinstance(item, Shell):
+            look(dict(item.parts))
         elif isinstance(item, dict):
             for part in item.values():
                 look(part)
