@@ -180,6 +180,17 @@ class Contract:
 
     def _training(self) -> str:
         state = {name: value.clone() for name, value in self._model.state_dict().items()}
+        try:
+            return self._trains(state)
+        finally:  # the next check finds the model as this one found it
+            self._model.load_state_dict(state)
+            self._model.eval()
+            for part in self._parts:
+                part.eval()
+
+    def _trains(self, state: dict[str, Tensor]) -> str:
+        if not any(parameter.requires_grad for parameter in self._model.parameters()):
+            raise ContractError("no parameter requires a gradient; build() must leave that on")
         donor = self._train(lambda x: _pre_logits(self._model, self._dissection, x)[0], state)
         blocks = self._train(lambda x: _chain(self._parts, x)[-1], state)
         _compare("in training mode the output", blocks.output, donor.output, TRAIN_REL_ERROR)

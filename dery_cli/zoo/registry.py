@@ -213,7 +213,8 @@ def dissect_donor(
 ) -> Dissection:
     """Dissect a built model, with the plugin's own nodes where it names some.
 
-    A model with no place to cut is taken as one single unit; ``warn`` is told why.
+    A model with no place to cut, or that cannot be traced, is taken as one single unit; ``warn`` is
+    told why.
     """
     import torch
 
@@ -234,7 +235,12 @@ def dissect_donor(
     try:
         return dissect(model, example, nodes=nodes)
     except DissectError as reason:
-        dissection = dissect(model, example, whole=True)
+        try:
+            dissection = dissect(model, example, whole=True)
+        except DissectError:
+            from dery_cli.core.dissection.whole import dissect_whole
+
+            dissection = dissect_whole(model, example)
         if warn is not None:
             warn(f"{spec} serves as a whole model only: {reason.message}")
         return dissection

@@ -29,6 +29,17 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def has_numbers(module: nn.Module) -> bool:
+    """Whether a module can be run: none of its tensors is on the ``meta`` device."""
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def run_copy(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Run a copy of a module in eval mode on zeros, where the module is."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    copy.deepcopy(module).eval()(torch.zeros(shape, dtype=dtype, device=device))
+
+
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
     twin = torch.empty_like(tensor.detach(), device="meta")
     if isinstance(tensor, nn.Parameter):
