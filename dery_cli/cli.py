@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
 import typer
@@ -23,7 +21,11 @@ from dery_cli.commands.partition import partition
 from dery_cli.commands.sim import sim
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
-from dery_cli.runtime.launcher import Dismissed, is_follower
+from dery_cli.runtime.interrupts import Terminated
+from dery_cli.runtime.launcher import Dismissed
+from dery_cli.runtime.printable import printable
+from dery_cli.runtime.startup import begin, unwinding, wants_json
+from dery_cli.runtime.streams import Steady, answer_stream
 from dery_cli.runtime.terminal import current_terminal
 
 SCHEMA = "dery/1"
@@ -66,39 +68,37 @@ def _root(
     pass
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds like Ctrl-C, so that every ``finally`` runs."""
-
-
-def _on_sigterm(_signum: int, _frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run ``dery`` and exit with the code its outcome stands for."""
     args = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(run(args))
+    begin(args)
+    sys.exit(_delivered(run(args)))
+
+
+def _delivered(code: int) -> int:
+    """``code``, or that of a failure where the JSON object could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    answer = answer_stream()
+    lost = answer.lost if isinstance(answer, Steady) else None
+    if lost is None:
+        return code
+    terminal = current_terminal()
+    terminal.err.print(f"error: could not write to standard output: {lost.strerror}", markup=False)
+    return code or (ExitCode.FAILED if terminal.json else ExitCode.OK)
 
 
 def run(args: Sequence[str]) -> int:
     """Run one command line; print its outcome and return the exit code."""
-    before = signal.signal(signal.SIGTERM, _on_sigterm)
-    try:
-        return _run(args)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _run(args: Sequence[str]) -> int:
-    wants_json = "--json" in args and not is_follower()
     name = _command_name(args)
     result: Any = None
     error: dict[str, Any] | None = None
     code: int = ExitCode.OK
     try:
-        result = typer.main.get_command(app).main(
-            args=list(args), prog_name="dery", standalone_mode=False
-        )
+        with unwinding():
+            result = typer.main.get_command(app).main(
+                args=list(args), prog_name="dery", standalone_mode=False
+            )
         if result == ExitCode.INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         if isinstance(result, int):  # --help and --version
@@ -111,18 +111,17 @@ def _run(args: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = ExitCode.INTERRUPTED
         error = {"code": "interrupted", "message": "interrupted", "hint": None}
-    except _Terminated:
+    except Terminated:
         code = ExitCode.TERMINATED
         error = {"code": "terminated", "message": "terminated by SIGTERM", "hint": None}
     except typer.Exit as stop:
         return stop.exit_code
     except Dismissed as over:  # not the main process: it printed nothing, its exit code says enough
         return ExitCode.FAILED if over.code is None else over.code
-    except BrokenPipeError:
-        return ExitCode.FAILED
     except Exception as failure:
         if not hasattr(failure, "format_message"):  # a bug: its traceback is wanted
-            traceback.print_exc()
+            for line in traceback.format_exc().splitlines():
+                current_terminal().err.print(printable(line), markup=False)
             code = ExitCode.FAILED
             error = {"code": "bug", "message": f"{type(failure).__name__}: {failure}", "hint": None}
         else:  # what the command-line parser refuses
@@ -132,13 +131,16 @@ def _run(args: Sequence[str]) -> int:
                 return ExitCode.USAGE
             hint = f"{'dery ' + name if name else 'dery'} --help"
             error = {"code": "usage", "message": message, "hint": hint}
-    _print_outcome(name, result, error, as_json=wants_json)
+    _print_outcome(name, result, error, as_json=wants_json(args))
     return int(code)
 
 
 def _print_outcome(name: str, result: Any, error: dict[str, Any] | None, *, as_json: bool) -> None:
     """The error, if there is one, to stderr; the JSON object, if it is wanted, to stdout."""
     terminal = current_terminal()
+    if error is not None:
+        for key in ("message", "hint"):
+            error[key] = None if error[key] is None else printable(error[key])
     if error is not None and error["code"] != "bug":
         terminal.err.print(f"error: {error['message']}", style="bold red", markup=False)
         if error["hint"]:
@@ -152,8 +154,10 @@ def _print_outcome(name: str, result: Any, error: dict[str, Any] | None, *, as_j
             "error": error,
             "warnings": terminal.warnings,
         }
-        sys.stdout.write(json.dumps(_finite(outcome), ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        text = json.dumps(_finite(outcome)).replace("\x7f", "\\u007f")
+        stream = answer_stream()
+        stream.write(text + "\n")
+        stream.flush()
 
 
 def _finite(value: Any) -> Any:

@@ -96,6 +96,12 @@ def show_decimals(value: float | None, digits: int = 4) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
+def some_of(names: Sequence[str], shown: int = 4) -> str:
+    """The first few of many names: ``a, b, c, d and 12 more``."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
 def check_name(name: str, what: str) -> str:
     """A name for a donor, an assembly or a run: ``[a-z0-9._-]``, not starting with a dot or dash.
 
@@ -104,7 +110,8 @@ def check_name(name: str, what: str) -> str:
     """
     if not is_name(name):
         raise UsageError(
-            f"bad {what} name: '{name}'", "use lower-case letters, digits, '.', '_', '-'"
+            f"bad {what} name: '{name}'",
+            "use lower-case letters, digits, '.', '_', '-', at most 200 of them",
         )
     return name
 

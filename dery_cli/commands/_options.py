@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dery_cli.errors import UsageError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal, use_terminal
 
@@ -97,7 +98,21 @@ def command(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def open_workspace(path: Path | None) -> Workspace:
-    """The workspace of ``--workspace``, ``DERY_WORKSPACE`` or the current folder."""
+    """The workspace of ``--workspace``, ``DERY_WORKSPACE`` or the current folder.
+
+    Raises:
+        UsageError: Its path is no text, which the library that reads tensors needs.
+    """
     if path is None:
         path = Path(os.environ.get("DERY_WORKSPACE") or ".dery")
-    return Workspace(path.expanduser())
+    try:
+        str(path).encode()
+        path = path.expanduser()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the workspace has a path that is not UTF-8: {os.fsencode(path)!r}",
+            "choose another with --workspace",
+        ) from error
+    except RuntimeError as error:  # ~name of nobody
+        raise UsageError(f"the workspace {path}: {error}", "choose another") from error
+    return Workspace(path)

@@ -45,6 +45,24 @@ def add(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Local checkpoint for a single SPEC."),
     ] = None,
+    weights_key: Annotated[
+        str | None,
+        typer.Option(
+            "--weights-key",
+            metavar="KEY",
+            help="Which state dict of that file, as model or ema.module; by default EMA's.",
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", metavar="TEXT", help="Licence of the weights of a single SPEC."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="TEXT", help="What they were trained on.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="TEXT", help="Where they come from.")
+    ] = None,
     manifest: Annotated[
         str | None,
         typer.Option(
@@ -70,12 +88,17 @@ def add(
     Adding the same model again changes nothing. A donor's input size, and with it every grid, is
     fixed here. Of several models each is registered when it is done; one that fails is left out
     with a warning, and the exit code is 1 in the end. A model without a place to cut is registered
-    with a warning and serves as a whole.
+    with a warning and serves as a whole. Of weights from --weights or --no-pretrained, licence,
+    task and source are unknown unless they are told.
     """
     config = AddConfig(
         specs=tuple(specs or ()),
         name=name,
         weights=weights,
+        weights_key=weights_key,
+        license=license_,
+        task=task,
+        source=source,
         manifest=manifest,
         image_size=image_size,
         pretrained=pretrained,

@@ -1,12 +1,14 @@
 """Image folders: which files are images, what their classes are, and which part is for what.
 
 A class is a folder with images in it or below it. Hidden files and folders do not count, since
-macOS and notebooks keep stubs and copies in them; links to folders are followed. What is read is
-listed once, in the order of the names.
+macOS and notebooks keep stubs and copies in them; links to folders are followed, to each real
+folder once a class, and to another class's never. What is read is listed once, in the order of the
+names; what is passed over is counted, and told.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +16,75 @@ from pathlib import Path
 
 from dery_cli.data.splits import FolderSplit
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.sizes import some_of
 
 IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+    {
+        ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+        ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    }
+)  # fmt: skip
+_DEEPEST = 64
+"""Levels of folders below a class."""
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 """What is tested on: the first of these that has class folders with images."""
 _SPLIT_FOLDERS = {*_TEST_FOLDERS, "testing", "train", "training"}
 
 
-def read_folder(root: Path) -> tuple[tuple[str, ...] | None, FolderSplit, FolderSplit | None]:
+class PassedOver:
+    """What was met in folders and is not read."""
+
+    def __init__(self) -> None:
+        self._others: collections.Counter[str] = collections.Counter()
+        self._empty: list[str] = []
+        self._special: list[str] = []
+        self._again: list[str] = []
+
+    def file(self, path: str) -> None:
+        """One that is not called like an image."""
+        self._others[os.path.splitext(path)[1].lower() or "no suffix"] += 1
+
+    def special(self, path: str) -> None:
+        """A pipe, a device or a socket that is called like an image."""
+        self._special.append(_text(path))
+
+    def empty(self, folder: str) -> None:
+        """A folder among those of classes that has no images."""
+        self._empty.append(_text(folder))
+
+    def again(self, link: str) -> None:
+        """A second class folder that is a link to the first."""
+        self._again.append(_text(link))
+
+    def notes(self) -> list[str]:
+        """All of it in words, a line each."""
+        lines = []
+        if self._special:
+            lines.append(f"passed over, for they are no files: {some_of(self._special)}")
+        if self._again:
+            lines.append(f"passed over, for they link to another class: {some_of(self._again)}")
+        if self._empty:
+            lines.append(f"no classes, for they have no images: {some_of(self._empty)}")
+        if self._others:
+            count = sum(self._others.values())
+            kinds = [f"{number} {suffix}" for suffix, number in sorted(self._others.items())]
+            what = "a file that is no image" if count == 1 else f"{count} files that are no images"
+            lines.append(f"passed over {what}: {some_of(kinds)}")
+        return lines
+
+
+def _text(path: str) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def read_folder(
+    root: Path, passed: PassedOver | None = None
+) -> tuple[tuple[str, ...] | None, FolderSplit, FolderSplit | None]:
     """A folder of class folders, or one with ``train`` and ``val``.
+
+    Args:
+        root: The folder.
+        passed: Told what is passed over.
 
     Returns:
         Class names, or None where there are no class folders; training images; test images.
@@ -35,7 +95,8 @@ def read_folder(root: Path) -> tuple[tuple[str, ...] | None, FolderSplit, Folder
     """
     folders = {path.name.lower(): path for path in _folders(root)}
     base = folders.get("train", root)
-    found = _list(base)
+    passed = PassedOver() if passed is None else passed
+    found = _list(base, passed)
     if not found.loose and not found.classes:
         raise UsageError(
             f"no images in {base}",
@@ -52,7 +113,7 @@ def read_folder(root: Path) -> tuple[tuple[str, ...] | None, FolderSplit, Folder
     test = None
     if base != root:
         candidates = [folders[name] for name in _TEST_FOLDERS if name in folders]
-        test = _held_out(base, classes, candidates)
+        test = _held_out(base, classes, candidates, passed)
     return classes, _labelled(found.classes, classes), test
 
 
@@ -64,32 +125,52 @@ class _Listing:
     classes: dict[str, list[Path]]
 
 
-def _list(folder: Path) -> _Listing:
+def _list(folder: Path, passed: PassedOver) -> _Listing:
     found = _Listing([], {})
-    for entry, place in _entries(folder, (os.path.realpath(folder),)):
+    entries = list(_entries(folder, (os.path.realpath(folder),), passed))
+    taken: set[str] = set()
+    classes = []
+    for entry, place in entries:
         if place is None:
             found.loose.append(Path(entry))
-        elif images := list(_images(entry, place)):
+        elif place[-1] in taken:
+            passed.again(entry)
+        else:
+            taken.add(place[-1])
+            classes.append((entry, place))
+    for entry, place in classes:
+        if images := list(_images(entry, place, passed, set(taken))):
             found.classes[os.path.basename(entry)] = images
+        else:
+            passed.empty(entry)
     return found
 
 
 def _folders(folder: Path) -> list[Path]:
     inside = (os.path.realpath(folder),)
-    return [Path(entry) for entry, place in _entries(folder, inside) if place is not None]
+    found = _entries(folder, inside, PassedOver())
+    return [Path(entry) for entry, place in found if place is not None]
 
 
-def _images(folder: str, inside: tuple[str, ...]) -> Iterator[Path]:
-    """The images in a folder and below it."""
-    for entry, place in _entries(folder, inside):
+def _images(
+    folder: str, inside: tuple[str, ...], passed: PassedOver, taken: set[str]
+) -> Iterator[Path]:
+    """The images in a folder and below it; folders in ``taken``, which grows, are passed over."""
+    if len(inside) > _DEEPEST:
+        raise UsageError(
+            f"folders nest more than {_DEEPEST} deep in {_text(inside[0])}",
+            "give a folder of class folders",
+        )
+    for entry, place in _entries(folder, inside, passed):
         if place is None:
             yield Path(entry)
-        else:
-            yield from _images(entry, place)
+        elif place[-1] not in taken:
+            taken.add(place[-1])
+            yield from _images(entry, place, passed, taken)
 
 
 def _entries(
-    folder: str | Path, inside: tuple[str, ...]
+    folder: str | Path, inside: tuple[str, ...], passed: PassedOver
 ) -> Iterator[tuple[str, tuple[str, ...] | None]]:
     """The folders and images in a folder, by name.
 
@@ -99,6 +180,7 @@ def _entries(
         folder: To be listed.
         inside: Where it really is, and the folders on the way to it; a link to any of these, or
             to a folder above, is passed over.
+        passed: Told of files that are no images.
 
     Returns:
         Path; of a folder also what is ``inside`` for it.
@@ -120,8 +202,12 @@ def _entries(
                 ):
                     continue
             yield entry.path, (*inside, real)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and _is_file(entry):
+        elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+            passed.file(entry.path)
+        elif _is_file(entry):
             yield entry.path, None
+        else:
+            passed.special(entry.path)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -140,7 +226,11 @@ def _refuse_splits(root: Path, classes: Mapping[str, object]) -> None:
 
 def _refuse_class(train: Path, beside: Sequence[Path]) -> None:
     """Of class folders, one of which is called ``train``, that one alone would be read."""
-    others = [path.name for path in beside if any(_images(str(path), (os.path.realpath(path),)))]
+    others = [
+        path.name
+        for path in beside
+        if any(_images(str(path), (os.path.realpath(path),), PassedOver(), set()))
+    ]
     if others:
         raise UsageError(
             f"is {train} a class? It has images but no class folders, and beside it there are "
@@ -165,14 +255,16 @@ def _check_names(base: Path, classes: Sequence[str]) -> None:
             ) from error
 
 
-def _held_out(base: Path, classes: Sequence[str], candidates: Sequence[Path]) -> FolderSplit | None:
+def _held_out(
+    base: Path, classes: Sequence[str], candidates: Sequence[Path], passed: PassedOver
+) -> FolderSplit | None:
     """The images to test on; None where no candidate has labelled ones.
 
     Raises:
         UsageError: They have classes that ``base`` lacks.
     """
     for folder in candidates:
-        found = _list(folder).classes
+        found = _list(folder, passed).classes
         if not found:
             continue
         unknown = [name for name in found if name not in classes]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dery_cli.data.folders import read_folder
+from dery_cli.data.folders import PassedOver, read_folder
 from dery_cli.data.splits import (
     Screen,
     Sieve,
@@ -35,6 +35,7 @@ from dery_cli.zoo.plugin import (
     guarded,
     plugin_names,
 )
+from dery_cli.zoo.transforms import NoBrightnessError, to_bytes
 
 if TYPE_CHECKING:
     from dery_cli.runtime.terminal import Terminal
@@ -50,6 +51,7 @@ class DataSet:
         train: The images things are fitted and chosen on.
         test: Held-out images that are only reported on, or None where there are none.
         left_out: What a screen left out of each split it was given, in the order of the calls.
+        notes: What in a folder was passed over, in words.
     """
 
     spec: str
@@ -57,6 +59,7 @@ class DataSet:
     train: ImageSplit
     test: ImageSplit | None
     left_out: tuple[tuple[int, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def skip_bad(self) -> bool:
@@ -93,7 +96,9 @@ def open_data(spec: str, screen: Screen | None = None) -> DataSet:
             f"--data {spec}: for the data set, --data ./{spec} for the folder",
         )
     if folder is not None:
-        return _data_set(str(folder), *read_folder(folder), sieve)
+        passed = PassedOver()
+        found = _data_set(str(folder), *read_folder(folder, passed), sieve)
+        return dataclasses.replace(found, notes=tuple(passed.notes()))
     if not named and ("/" in spec.partition("?")[0] or spec.startswith((".", "~"))):
         raise UsageError(f"no such data folder: {spec}", "give a folder of class folders")
     plugin = find_plugin(DATA_GROUP, name, DataPlugin, what="data set or folder")
@@ -191,13 +196,15 @@ def open_checked(terminal: Terminal, spec: str, *, skip_bad: bool) -> DataSet:
         DeryError: As ``open_data``.
     """
     if not skip_bad:
-        return open_data(spec)
+        data = open_data(spec)
+        _tell(terminal, data)
+        return data
     names: list[str] = []
 
     def screen(split: ImageSplit) -> list[int]:
         broken = []
         with terminal.progress("checking images", len(split)) as bar:
-            for index, bad in enumerate(unreadable(split)):
+            for index, bad in enumerate(unreadable(_Usable(split))):
                 if bad:
                     broken.append(index)
                 bar.advance()
@@ -205,10 +212,39 @@ def open_checked(terminal: Terminal, spec: str, *, skip_bad: bool) -> DataSet:
         return broken
 
     data = open_data(spec, screen)
+    _tell(terminal, data)
     if names:
         some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
         terminal.warn(f"left out {len(names)} broken image{'s' * (len(names) > 1)}: {some}")
     return data
+
+
+def _tell(terminal: Terminal, data: DataSet) -> None:
+    for note in data.notes:
+        terminal.warn(f"{data.spec}: {note}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Usable:
+    """A split, whose images fail also where their values have no brightness."""
+
+    split: ImageSplit
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        return self.split.labels
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def image(self, index: int) -> Image.Image:
+        image = self.split.image(index)
+        image.load()
+        to_bytes(image)
+        return image
+
+    def name(self, index: int) -> str:
+        return image_name(self.split, index)
 
 
 class ImageDataset:  # torch's Dataset by protocol: torch is not imported here
@@ -230,7 +266,14 @@ class ImageDataset:  # torch's Dataset by protocol: torch is not imported here
     def __getitem__(self, position: int) -> tuple[Any, int]:
         index = self.indices[position]
         label = -1 if self.split.labels is None else int(self.split.labels[index])
-        return self.transform(read_image(self.split, index)), label
+        image = read_image(self.split, index)
+        try:
+            return self.transform(image), label
+        except NoBrightnessError as error:
+            raise DeryError(
+                f"cannot use the image {image_name(self.split, index)}: {error}",
+                "save it with 8 or 16 bits, or leave out all that cannot be used: --skip-bad",
+            ) from error
 
     @property
     def labels(self) -> list[int] | None:

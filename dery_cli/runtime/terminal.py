@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dery_cli.runtime.launcher import is_follower
+from dery_cli.runtime.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, JustifyMethod
@@ -85,20 +86,21 @@ class Terminal:
     def say(self, text: str = "", style: str | None = None) -> None:
         """A line of the command's answer."""
         if not self.quiet:
-            self.out.print(text, style=style, markup=False)
+            self.out.print(printable(text), style=style, markup=False)
 
     def note(self, text: str) -> None:
         """A line about what is going on; stderr."""
         if not self.quiet:
-            self.err.print(text, style="dim", markup=False)
+            self.err.print(printable(text), style="dim", markup=False)
 
     def detail(self, text: str) -> None:
         """A line for ``--verbose``."""
         if self.verbose:
-            self.err.print(text, style="dim", markup=False)
+            self.err.print(printable(text), style="dim", markup=False)
 
     def warn(self, text: str) -> None:
         """A warning: stderr, and the ``warnings`` of the JSON object."""
+        text = printable(text)
         self.warnings.append(text)
         self.err.print(f"warning: {text}", style="yellow", markup=False)
 
@@ -117,13 +119,17 @@ class Terminal:
         from rich.table import Table
         from rich.text import Text
 
-        cells = [[("-" if cell is None else str(cell)) for cell in row] for row in rows]
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        cells = [[("-" if cell is None else printable(str(cell))) for cell in row] for row in rows]
+        heading = None if title is None else Text(printable(title))
+        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             numeric = all(_number_like(row[index]) for row in cells) and bool(cells)
             justify: JustifyMethod = "right" if numeric else "left"
             table.add_column(
-                Text(column), justify=justify, overflow="fold", no_wrap=numeric or index == 0
+                Text(printable(column)),
+                justify=justify,
+                overflow="fold",
+                no_wrap=numeric or index == 0,
             )
         for index, row in enumerate(cells):
             style = "bold" if index == highlight else None
@@ -137,6 +143,7 @@ class Terminal:
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[Progress]:
         """A progress bar on a terminal, a line every few seconds elsewhere."""
+        description = printable(description)
         if self.quiet or is_follower():
             yield Progress(total)
         elif self.err.is_terminal:
@@ -167,7 +174,7 @@ class Terminal:
 
                 def update(self, done: int, note: str = "", left: float | None = None) -> None:
                     self.done, self.left = done, left
-                    text = f"{description} {note}" if note else description
+                    text = f"{description} {printable(note)}" if note else description
                     bar.update(task, completed=done, description=text)
 
             yield Bar(total)

@@ -22,14 +22,13 @@ from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.errors import DeryError
 from dery_cli.types import Anatomy, ModelCard
 from dery_cli.zoo.plugin import ZooPlugin, explain
-from dery_cli.zoo.registry import Spec, dissect_donor
+from dery_cli.zoo.registry import Spec, check_card, dissect_donor
 
 REL_ERROR = 1e-5
 TRAIN_REL_ERROR = 1e-3
 """In training mode batch norms of two images amplify the last bit."""
 FLOPS_REL_ERROR = 1e-3
 _BATCH = 2
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,19 +87,10 @@ class Contract:
             card = dataclasses.replace(
                 card, input=dataclasses.replace(card.input, image_size=self._size)
             )
-        spec = card.input
-        if len(spec.image_size) != 2 or min(spec.image_size) < 1 or spec.in_chans < 1:
-            raise ContractError(f"the card's input is no image: {spec}")
-        if len(spec.mean) != spec.in_chans or len(spec.std) != spec.in_chans or min(spec.std) <= 0:
-            raise ContractError(
-                f"the card needs a mean and a positive std for each of {spec.in_chans} channels, "
-                f"not {spec.mean} and {spec.std}"
-            )
-        if spec.interpolation not in _INTERPOLATIONS:
-            known = ", ".join(_INTERPOLATIONS)
-            raise ContractError(
-                f"the card's interpolation is '{spec.interpolation}'; known are {known}"
-            )
+        try:
+            check_card(card)
+        except ValueError as error:
+            raise ContractError(str(error)) from error
         self.card = card
         return f"licence {card.license}; task {card.task}"
 
@@ -129,7 +119,7 @@ class Contract:
             model = self._plugin.build(self._name, pretrained=False, image_size=self._size)
         if not isinstance(model, nn.Module):
             raise ContractError(f"build() gives a {type(model).__name__}, not an nn.Module")
-        return model
+        return model.float()
 
     def _dissect(self, model: nn.Module, warn: Callable[[str], None] | None = None) -> Dissection:
         assert self.card is not None
@@ -190,6 +180,17 @@ class Contract:
 
     def _training(self) -> str:
         state = {name: value.clone() for name, value in self._model.state_dict().items()}
+        try:
+            return self._trains(state)
+        finally:  # the next check finds the model as this one found it
+            self._model.load_state_dict(state)
+            self._model.eval()
+            for part in self._parts:
+                part.eval()
+
+    def _trains(self, state: dict[str, Tensor]) -> str:
+        if not any(parameter.requires_grad for parameter in self._model.parameters()):
+            raise ContractError("no parameter requires a gradient; build() must leave that on")
         donor = self._train(lambda x: _pre_logits(self._model, self._dissection, x)[0], state)
         blocks = self._train(lambda x: _chain(self._parts, x)[-1], state)
         _compare("in training mode the output", blocks.output, donor.output, TRAIN_REL_ERROR)

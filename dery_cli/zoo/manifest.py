@@ -9,6 +9,7 @@
     spec = "timm/resnet18.a1_in1k"     # plugin/name[.tag]
     name = "resnet18"                  # optional; name in the zoo
     weights = "weights/resnet18.safetensors"  # optional; inside the manifest's folder
+    weights_key = "model_ema"          # optional; which of the state dicts in that file
     allow_partial = true               # optional; load of these weights what fits
     sha256 = "..."                     # optional; of that file, or else of the plugin's own file
     image_size = 224                   # optional
@@ -36,6 +37,7 @@ _TYPES: dict[str, type] = {
     "spec": str,
     "name": str,
     "weights": str,
+    "weights_key": str,
     "allow_partial": bool,
     "sha256": str,
     "image_size": int,
@@ -46,6 +48,8 @@ _TYPES: dict[str, type] = {
     "top1": float,
     "note": str,
 }
+LARGEST_SIDE = 4096
+"""Pixels; beyond it a single feature has gigabytes."""
 _ZOO_KEYS = {"name", "title", "description"}
 
 
@@ -56,6 +60,7 @@ class ManifestEntry:
     spec: str
     name: str | None = None
     weights: Path | None = None
+    weights_key: str | None = None
     allow_partial: bool = False
     sha256: str | None = None
     image_size: int | None = None
@@ -101,7 +106,7 @@ def read_manifest(path: Path, *, folder: Path | None = None) -> list[ManifestEnt
             that is taken twice; the message names key path and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
         document = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
@@ -165,8 +170,8 @@ class _Reader:
                 raise self._fault(where, text, index=index, key=key)
         if "spec" not in table:
             raise self._fault(where, "'spec' is missing", index=index)
-        if table.get("image_size", 1) < 1:
-            text = f"expected a side in pixels, got {table['image_size']}"
+        if not 1 <= table.get("image_size", 1) <= LARGEST_SIDE:
+            text = f"expected a side of 1 to {LARGEST_SIDE} pixels, got {table['image_size']}"
             raise self._fault(where, text, index=index, key="image_size")
         if "sha256" in table and not re.fullmatch(r"[0-9a-f]{64}", table["sha256"]):
             text = "expected 64 hexadecimal digits"

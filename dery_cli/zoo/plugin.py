@@ -43,7 +43,9 @@ class ZooPlugin(Protocol):
     - ``nodes(model: str) -> Sequence[str] | None``: the module names whose outputs are the nodes,
       where the automatic choice does not suit;
     - ``weights_sha256(model: str) -> str | None``: the hash of the file ``build`` reads the
-      weights from, for manifests that pin it; fetches nothing.
+      weights from, for manifests that pin it; fetches nothing;
+    - ``convert_weights(built: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]``: a user's
+      older checkpoint in today's form, for a model that ``build`` gave.
     """
 
     def list_models(self) -> Sequence[str]:
@@ -52,6 +54,8 @@ class ZooPlugin(Protocol):
 
     def card(self, model: str) -> ModelCard:
         """Input, licence, task and source of ``model``; builds nothing, fetches nothing.
+
+        What it says of licence, task and source is said of the plugin's own weights.
 
         Raises:
             KeyError: ``model`` is unknown.
@@ -62,6 +66,8 @@ class ZooPlugin(Protocol):
         self, model: str, *, pretrained: bool, image_size: tuple[int, int] | None = None
     ) -> nn.Module:
         """The model, classifier included, in eval mode, on the current default device.
+
+        Its parameters are used in single precision, whatever they come in.
 
         With ``pretrained`` its weights are loaded, fetched where they are not at hand (and only
         then may the network be used). Without, the call must work under ``torch.device("meta")``.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from dery_cli.io.artifacts import Workspace, read_record, write_record
 from dery_cli.io.look import AbsentError
 from dery_cli.io.records import Artifact
 from dery_cli.sizes import check_name
-from dery_cli.types import Donor, ModelCard
+from dery_cli.types import Donor, InputSpec, ModelCard
 from dery_cli.zoo.plugin import (
     ZOO_GROUP,
     ZooPlugin,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     from dery_cli.core.dissection.dissect import Dissection
 
+UNKNOWN = "unknown"
+"""Licence, task and source of weights that nobody vouches for."""
 ADD_HINT = "dery zoo add SPEC (dery zoo plugins lists what can be added)"
 
 
@@ -95,7 +99,54 @@ def resolve(spec: Spec) -> tuple[ZooPlugin, ModelCard]:
             ) from None
         if not isinstance(card, ModelCard):
             raise TypeError(f"expected a ModelCard, got {type(card).__name__}")
+        check_card(card)
     return plugin, card
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+_IN_CHANS = (1, 3)
+"""Channels that images have as dery reads them."""
+
+
+def check_card(card: ModelCard) -> None:
+    """Whether all that later stages need is in a card, and of its type.
+
+    Raises:
+        ValueError: It is not.
+    """
+    for key in ("license", "task", "source"):
+        if not isinstance(getattr(card, key), str):
+            raise ValueError(f"the card's {key} is {getattr(card, key)!r}, not a text")
+    metrics = card.metrics if isinstance(card.metrics, Mapping) else {"": None}
+    if not all(isinstance(key, str) and _is_number(value) for key, value in metrics.items()):
+        raise ValueError(f"the card's metrics are {card.metrics!r}, not numbers by name")
+    _check_input(card.input)
+
+
+def _check_input(spec: InputSpec) -> None:
+    if not isinstance(spec, InputSpec):
+        raise ValueError(f"the card's input is a {type(spec).__name__}, not an InputSpec")
+    size, chans = spec.image_size, spec.in_chans
+    whole = isinstance(size, tuple) and all(type(side) is int and side > 0 for side in size)
+    if not whole or len(size) != 2:
+        raise ValueError(f"the card's image_size is {size!r}, not (height, width) in pixels")
+    if type(chans) is not int or chans not in _IN_CHANS:
+        raise ValueError(f"the card's in_chans is {chans!r}; images have 3 channels (RGB) or 1")
+    for key in ("mean", "std"):
+        values = getattr(spec, key)
+        numbers = isinstance(values, tuple) and all(map(_is_number, values))
+        if not numbers or len(values) != chans or (key == "std" and min(values) <= 0):
+            kind = "mean" if key == "mean" else "positive std"
+            raise ValueError(
+                f"the card needs a {kind} for each of {chans} channels, not {values!r}"
+            )
+    if spec.interpolation not in INTERPOLATIONS:
+        known = ", ".join(INTERPOLATIONS)
+        raise ValueError(f"the card's interpolation is {spec.interpolation!r}; known are {known}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def plugin_sha256(spec: Spec) -> str | None:
@@ -137,7 +188,7 @@ def build_model(
             ) from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
-        return model.eval()
+        return model.float().eval()  # half and double precision ones too
 
 
 def weights_sha256(state: Mapping[str, torch.Tensor]) -> str:
@@ -162,7 +213,8 @@ def dissect_donor(
 ) -> Dissection:
     """Dissect a built model, with the plugin's own nodes where it names some.
 
-    A model with no place to cut is taken as one single unit; ``warn`` is told why.
+    A model with no place to cut, or that cannot be traced, is taken as one single unit; ``warn`` is
+    told why.
     """
     import torch
 
@@ -183,7 +235,12 @@ def dissect_donor(
     try:
         return dissect(model, example, nodes=nodes)
     except DissectError as reason:
-        dissection = dissect(model, example, whole=True)
+        try:
+            dissection = dissect(model, example, whole=True)
+        except DissectError:
+            from dery_cli.core.dissection.whole import dissect_whole
+
+            dissection = dissect_whole(model, example)
         if warn is not None:
             warn(f"{spec} serves as a whole model only: {reason.message}")
         return dissection
@@ -196,6 +253,7 @@ def prepare_donor(
     image_size: tuple[int, int] | None = None,
     pretrained: bool = True,
     weights: Path | None = None,
+    weights_key: str | None = None,
     allow_partial: bool = False,
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -211,6 +269,7 @@ def prepare_donor(
         image_size: (height, width) of the input in pixels; the model's own where None.
         pretrained: Load the plugin's weights; otherwise they are random, by ``seed``.
         weights: Local checkpoint to load instead.
+        weights_key: Where in it the state dict is, where there are several.
         allow_partial: Load ``weights`` though keys are missing or unexpected.
         device: Where the dissected model goes.
         seed: For random weights.
@@ -228,27 +287,32 @@ def prepare_donor(
     size = None if image_size == card.input.image_size else image_size
     if size is not None:
         card = dataclasses.replace(card, input=dataclasses.replace(card.input, image_size=size))
-    state = None
+    checkpoint = None
     if weights is not None:
-        from dery_cli.zoo.state_dicts import read_state_dict
+        from dery_cli.zoo.checkpoints import read_checkpoint
 
-        pretrained, state = False, read_state_dict(weights)
+        pretrained, checkpoint = False, read_checkpoint(weights, weights_key)
+    if not pretrained:  # what the plugin says is said of its own weights
+        card = dataclasses.replace(card, license=UNKNOWN, task=UNKNOWN, source=UNKNOWN, metrics={})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(spec, plugin, pretrained=pretrained, image_size=size)
     dissection = dissect_donor(model, card, spec, plugin, warn=warn)
-    if weights is not None and state is not None:
+    if weights is not None and checkpoint is not None:
         from dery_cli.zoo.state_dicts import load_weights
 
+        offered = getattr(plugin, "convert_weights", None)
         notes = load_weights(
             model,
-            state,
+            checkpoint.tensors,
             weights.name,
             classifier=dissection.classifier,
             allow_partial=allow_partial,
+            image_size=card.input.image_size,
+            convert=None if offered is None else functools.partial(offered, model),
         )
         if warn is not None:
-            for note in notes:
+            for note in filter(None, (checkpoint.choice, *notes)):
                 warn(f"{name}: {note}")
     weights_hash = weights_sha256(model.state_dict())
     model.to(device)

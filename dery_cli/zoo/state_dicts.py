@@ -1,92 +1,105 @@
-"""Reading a user's checkpoint: safetensors, or ``.pt``/``.pth`` through ``weights_only=True``."""
+"""Loading a checkpoint's tensors into a model: prefixes, other classifiers, older forms.
+
+What does not fit is refused, or left out where that changes nothing; all of it is told.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.sizes import some_of
+from dery_cli.zoo.checkpoints import TRIVIAL
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "net", "module", "teacher")
-_PREFIXES = (
-    "module.",
-    "model.",
-    "backbone.",
-    "encoder.",
-    "net.",
-    "encoder_q.",  # MoCo
-    "base_encoder.",  # MoCo v3
-    "teacher.",  # DINO
-)
-_DEPTH = 3
-_SHOWN = 4
+_LATER = ("student", "encoder_k", "momentum", "decoder")
+"""Prefixes that are taken where no other serves as well."""
+_PREFIX_DEPTH = 5
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, wrappers such as ``state_dict`` removed; runs no code.
+def _strip_prefix(state: dict[str, Tensor], wanted: set[str]) -> tuple[str, dict[str, Tensor]]:
+    """Drop the prefix that hides the model's own names, where more names match without it.
 
-    Raises:
-        UsageError: No such file, or one that is no checkpoint.
-        DeryError: The file is damaged, or would need unpickling to be read.
+    Of those that match most of ``wanted`` a main model's is taken before a student's or a momentum
+    encoder's, then the shortest. Names without it are kept, but for those that get in the way.
     """
-    if not path.is_file():
-        raise UsageError(f"no such weights file: {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DeryError(f"{path} is not a whole safetensors file: {error}") from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its zip reader or unpickler met
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DeryError(
-            f"{path} cannot be read with weights_only=True: {reason[:200]}",
-            "save it as safetensors, or torch.save(model.state_dict(), FILE)",
-        ) from error
-    state = _unwrap(loaded)
-    if not state:
-        raise UsageError(f"{path} holds no tensors", "expected is a state dict")
-    return state
+    matches: collections.Counter[str] = collections.Counter({"": len(wanted & state.keys())})
+    for name in state:
+        parts = name.split(".")
+        for depth in range(1, min(len(parts), _PREFIX_DEPTH + 1)):
+            if ".".join(parts[depth:]) in wanted:
+                matches[".".join(parts[:depth]) + "."] += 1
+
+    def rank(prefix: str) -> tuple[int, bool, int]:
+        later = any(word in prefix for word in _LATER)
+        return (-matches[prefix], later, prefix.count("."))
+
+    best = min(matches, key=rank)
+    if not best:
+        return "", state
+    stripped = {n.removeprefix(best): v for n, v in state.items() if n.startswith(best)}
+    return best, {n: v for n, v in state.items() if not n.startswith(best)} | stripped
 
 
-def _unwrap(loaded: object) -> dict[str, Tensor]:
-    for _ in range(_DEPTH):  # and not for ever: a pickle may hold itself
-        wrapped = loaded if isinstance(loaded, Mapping) else {}
-        loaded = next(
-            (wrapped[key] for key in _WRAPPERS if isinstance(wrapped.get(key), Mapping)), loaded
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    """How a state dict differs from a model's own, classifiers left aside in ``elsewhere``.
+
+    Args:
+        missing: Names that the model needs.
+        unexpected: Names that it has no place for.
+        wrong: Names whose tensors are of another shape or kind.
+        elsewhere: Those of all these that are not the classifier's.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    wrong: list[str]
+    elsewhere: list[str]
+
+    def blocking(self, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors are of another architecture."""
+        tops = {name.partition(".")[0] for name in own}
+        owners = {name.rpartition(".")[0] for name in own}
+        return any(
+            name in own or not _needless(name, state[name], tops, owners) for name in self.elsewhere
         )
-    if not isinstance(loaded, Mapping):
-        return {}
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
-def _strip_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Drop the prefixes that hide the model's own names, where more names match without them.
+_BUFFERS = re.compile(r"attn_mask|relative_(position_index|coords_table)|mean|std|num_updates")
 
-    Up to three prefixes may stand before a name (``module.encoder_q.backbone.``); of those that
-    match most of ``wanted`` the shortest is taken.
+
+def _needless(name: str, value: Tensor, tops: set[str], owners: set[str]) -> bool:
+    """Whether a tensor that the model has no place for may be left out: it changes nothing.
+
+    It stands apart from all that the model has (a loss, a decoder, a mask token), or is a table
+    that newer versions of a layer compute.
     """
-    best, most = state, len(wanted & state.keys())
-    seen = [""]
-    for _ in range(_DEPTH):
-        seen = [
-            before + prefix
-            for before in seen
-            for prefix in _PREFIXES
-            if any(name.startswith(before + prefix) for name in state)
-        ]
-        for whole in seen:
-            stripped = {name.removeprefix(whole): value for name, value in state.items()}
-            matches = len(wanted & stripped.keys())
-            if len(stripped) == len(state) and matches > most:
-                best, most = stripped, matches
-    return best
+    owner, _, leaf = name.rpartition(".")
+    if name.partition(".")[0] not in tops:
+        return True
+    table = not value.is_floating_point() or _BUFFERS.fullmatch(leaf) is not None
+    return table and owner in owners
+
+
+def _compare(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], heads: set[str]
+) -> _Difference:
+    missing = sorted(name for name in own if name not in state and not _is_counter(name))
+    unexpected = sorted(name for name in state if name not in own)
+    wrong = sorted(name for name in own if name in state and not _alike(own[name], state[name]))
+    elsewhere = [n for n in (*missing, *unexpected, *wrong) if not _belongs(n, heads)]
+    return _Difference(missing, unexpected, wrong, elsewhere)
+
+
+Convert = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
 
 def load_weights(
@@ -96,58 +109,158 @@ def load_weights(
     *,
     classifier: Sequence[str] = (),
     allow_partial: bool = False,
+    image_size: tuple[int, int] | None = None,
+    convert: Convert | None = None,
 ) -> list[str]:
     """Load a checkpoint's tensors into ``model``.
 
     Only the classifier may differ (another number of classes, or none): no block contains it, and
-    what it lacks is set to zero.
+    what it lacks is set to zero. Tensors that the architecture has no place for, and that would
+    change nothing, are left out.
 
     Args:
         model: Freshly built; in case of an error it is unchanged.
-        state: From ``read_state_dict``; common prefixes of the names are recognised.
+        state: From ``read_checkpoint``; common prefixes of the names are recognised.
         source: The file's name, for messages.
         classifier: Names of the classifier's parameters.
         allow_partial: Load what fits though keys are missing or unexpected.
+        image_size: (height, width) the model is built for, for a hint.
+        convert: Renames older checkpoints' tensors, where they do not fit as they are.
 
     Returns:
-        What was left out, in words.
+        What was chosen, converted and left out, in words.
 
     Raises:
         UsageError: The checkpoint is of another architecture; the message names keys and shapes.
         DeryError: A tensor holds no data, or NaN or infinity.
     """
     own = model.state_dict()
-    state = _strip_prefix(state, set(own))
-    missing = sorted(name for name in own if name not in state and not _is_counter(name))
-    unexpected = sorted(name for name in state if name not in own)
-    wrong = sorted(name for name in own if name in state and not _alike(own[name], state[name]))
+    prefix, state = _strip_prefix(state, set(own))
+    notes = []
+    if not TRIVIAL.issuperset(filter(None, prefix.split("."))):
+        notes.append(f"the tensors of {source} whose names begin with '{prefix}' are loaded")
     heads = {name.rpartition(".")[0] for name in classifier}
-    differing = [*missing, *unexpected, *wrong]
-    elsewhere = [name for name in differing if not _belongs(name, heads)]
-    if elsewhere and not allow_partial:
-        raise UsageError(
-            f"{source} does not match the architecture: "
-            f"{_difference(own, state, missing, unexpected, wrong)}",
-            "check the model's name; --allow-partial loads what fits",
-            details={"missing": missing, "unexpected": unexpected, "shape": wrong},
-        )
-    fitting = {n: v for n, v in state.items() if n in own and n not in wrong}
+    differ = _compare(own, state, heads)
+    if differ.blocking(own, state):
+        size = None if image_size is None else _fitting_size(own, state, differ, image_size)
+        if size is not None and not allow_partial:
+            raise _refused(source, own, state, differ, size)
+        converted = None if convert is None else _converted(convert, state)
+        if converted is not None:
+            again = _compare(own, converted, heads)
+            if not again.blocking(own, converted):
+                state, differ = converted, again
+                notes.append(f"{source} is of an older form and was converted by its plugin")
+    if differ.blocking(own, state) and not allow_partial:
+        raise _refused(source, own, state, differ)
+    fitting = {n: v for n, v in state.items() if n in own and n not in differ.wrong}
     if not any(not _belongs(name, heads) for name in fitting):
         raise UsageError(f"{source} has no tensor that fits the architecture")
-    for name, value in fitting.items():
-        if value.is_meta:
-            raise DeryError(f"{source}: the tensor {name} holds no data")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise DeryError(f"{source}: the tensor {name} holds NaN or infinity")
+    _check_numbers(source, fitting)
     model.load_state_dict(fitting, strict=False)
     with torch.no_grad():
-        for name in (*missing, *wrong):
+        for name in (*differ.missing, *differ.wrong):
             if _belongs(name, heads):
                 own[name].zero_()
-    if elsewhere:
-        difference = _difference(own, state, missing, unexpected, wrong)
+    return notes + _left_out(source, own, state, differ)
+
+
+def _left_out(
+    source: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor], differ: _Difference
+) -> list[str]:
+    """What of a checkpoint was not loaded, and what it did not give, in words."""
+    if any(name in own for name in differ.elsewhere):
+        difference = _in_words(own, state, differ)
         return [f"{source} was loaded in part, the rest is random: {difference}"]
-    return [f"the classifier of {source} does not fit and is left out"] if differing else []
+    notes = []
+    if differ.elsewhere:
+        count, some = len(differ.elsewhere), some_of(differ.elsewhere)
+        what = f"{count} tensor{'s' * (count > 1)} that the architecture has no place for"
+        notes.append(f"{what} {'are' if count > 1 else 'is'} left out of {source}: {some}")
+    if len(differ.missing + differ.unexpected + differ.wrong) > len(differ.elsewhere):
+        notes.append(f"the classifier of {source} does not fit and is left out")
+    return notes
+
+
+def _refused(
+    source: str,
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    differ: _Difference,
+    size: int | None = None,
+) -> UsageError:
+    hint = "check the model's name; --allow-partial loads what fits"
+    if size is not None:
+        hint = f"it is for images of {size} pixels: --image-size {size}"
+    return UsageError(
+        f"{source} does not match the architecture: {_in_words(own, state, differ)}",
+        hint,
+        details={
+            "missing": differ.missing,
+            "unexpected": differ.unexpected,
+            "shape": differ.wrong,
+        },
+    )
+
+
+def _converted(convert: Convert, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    try:
+        found = convert(dict(state))
+        return {str(n): value for n, value in found.items() if isinstance(value, Tensor)}
+    except Exception:  # it was written for other checkpoints than this one
+        return None
+
+
+def _fitting_size(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    differ: _Difference,
+    image_size: tuple[int, int],
+) -> int | None:
+    """The image side that explains why position embeddings, and nothing else, have other shapes."""
+    if any(name not in differ.wrong for name in differ.elsewhere):
+        return None
+    height, width = image_size
+    shapes = [(tuple(own[name].shape), tuple(state[name].shape)) for name in differ.elsewhere]
+    sides = {_side(mine, theirs, height) for mine, theirs in shapes}
+    return sides.pop() if len(sides) == 1 and height == width else None
+
+
+def _side(mine: tuple[int, ...], theirs: tuple[int, ...], side: int) -> int | None:
+    """``side`` times how much longer the grid of the other position embedding is."""
+    if len(mine) != len(theirs) or len(mine) not in (2, 3, 4):
+        return None
+    differing = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
+    if len(mine) == 4 and len(differing) == 2:  # a map
+        ratios = {(theirs[i] * side / mine[i]) for i in differing}
+        ratio = ratios.pop()
+        return round(ratio) if not ratios and ratio == round(ratio) else None
+    if len(differing) != 1:
+        return None
+    length, other = mine[differing[0]], theirs[differing[0]]
+    for prefix in (0, 1, 2, 4, 5, 8, 9):  # class and register tokens
+        grid, theirs_grid = (math.isqrt(max(0, n - prefix)) for n in (length, other))
+        square = grid**2 + prefix == length and theirs_grid**2 + prefix == other
+        if square and grid and theirs_grid and side * theirs_grid % grid == 0:
+            return side * theirs_grid // grid
+    return None
+
+
+def _check_numbers(source: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_meta:
+            raise DeryError(f"{source}: the tensor {name} holds no data")
+        if not value.is_floating_point():
+            continue
+        try:
+            whole = bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
+        except (NotImplementedError, RuntimeError) as error:
+            raise DeryError(
+                f"{source}: the tensor {name} is of type {_type(value)}, which is not read",
+                "save it in half precision",
+            ) from error
+        if not whole:
+            raise DeryError(f"{source}: the tensor {name} holds NaN or infinity")
 
 
 def _alike(own: Tensor, given: Tensor) -> bool:
@@ -161,33 +274,26 @@ def _belongs(name: str, heads: set[str]) -> bool:
     return any(head and name.startswith(f"{head}.") for head in heads)
 
 
-def _difference(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    missing: list[str],
-    unexpected: list[str],
-    wrong: list[str],
-) -> str:
+def _in_words(own: Mapping[str, Tensor], state: Mapping[str, Tensor], differ: _Difference) -> str:
     parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing ({_some(missing)})")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
-    if wrong:
-        shapes = [f"{n} {_form(state[n])} for {_form(own[n])}" for n in wrong]
-        parts.append(f"{len(wrong)} of another shape ({_some(shapes)})")
+    if differ.missing:
+        parts.append(f"{len(differ.missing)} missing ({some_of(differ.missing)})")
+    if differ.unexpected:
+        parts.append(f"{len(differ.unexpected)} unexpected ({some_of(differ.unexpected)})")
+    if differ.wrong:
+        shapes = [f"{n} {_form(state[n])} for {_form(own[n])}" for n in differ.wrong]
+        parts.append(f"{len(differ.wrong)} of another shape ({some_of(shapes)})")
     return "; ".join(parts)
 
 
 def _form(tensor: Tensor) -> str:
     plain = tensor.is_floating_point() and tensor.layout == torch.strided
-    return f"{tuple(tensor.shape)}{'' if plain else f' {tensor.dtype}'.replace('torch.', '')}"
+    return f"{tuple(tensor.shape)}{'' if plain else f' {_type(tensor)}'}"
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).replace("torch.", "")
 
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

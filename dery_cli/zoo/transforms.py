@@ -54,11 +54,13 @@ def field_of_view(size: tuple[int, int], crop: float) -> tuple[float, float, flo
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
-    """Upright as EXIF says; grayscale for one channel, else RGB; transparency is laid on white."""
-    image = _upright(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """Upright as EXIF says; grayscale for one channel, else RGB; transparency is laid on white.
+
+    Raises:
+        NoBrightnessError: Its values cannot be told from 0 (black) to a known white.
+    """
+    image = to_bytes(_upright(image))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
@@ -81,15 +83,44 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Sixteen bits of gray as eight; the one value that may be transparent as white."""
-    gray = image.convert("I").point(lambda value: value / 257).convert("L")
-    if "transparency" in image.info:
-        import numpy as np
+class NoBrightnessError(ValueError):
+    """An image's values have no known black and white; the message names mode and values."""
 
-        clear = np.asarray(image) == image.info["transparency"]
-        gray.paste(255, mask=Image.fromarray(clear.astype(np.uint8) * 255))
-    return gray
+
+_BITS = (8, 12, 16, 31)
+"""Whole numbers are of the fewest of these bits that hold the largest of an image."""
+
+
+def to_bytes(image: Image.Image) -> Image.Image:
+    """Gray of more than eight bits as eight; an image of another mode as it is.
+
+    Whole numbers are scaled from the fewest of 8, 12, 16 or 31 bits that hold the largest of them;
+    numbers with decimals from [0, 1], or else from [0, 255]. The one value that may be transparent
+    becomes white.
+
+    Raises:
+        NoBrightnessError: Numbers are negative, not finite, or with decimals and larger.
+    """
+    whole = image.mode == "I" or image.mode.startswith("I;16")
+    if not whole and image.mode != "F":
+        return image
+    import numpy as np
+
+    values = np.asarray(image).astype(np.int64 if whole else np.float64)
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not (low >= 0 and high <= (1 << 31 if whole else 255)):  # NaN too
+        raise NoBrightnessError(
+            f"mode {image.mode} with values from {low:g} to {high:g}, of which none is known to "
+            "be white"
+        )
+    if whole:
+        bits = next(bits for bits in _BITS if high < 1 << bits)
+        scaled = values * 255 // ((1 << bits) - 1)
+    else:
+        scaled = np.rint(values * 255 if high <= 1 else values)
+    if "transparency" in image.info:
+        scaled[values == image.info["transparency"]] = 255
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

@@ -9,6 +9,7 @@ are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -18,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from dery_cli.errors import UsageError
-from dery_huggingface.sources import Spec, library, load, parse
+from dery_huggingface.sources import Spec, library, load, parse, places
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _LABEL_COLUMNS = ("label", "labels")
 """Columns that are labels though they are no ``ClassLabel``."""
-_DISCRETE = ("string", "large_string", "int", "uint", "bool")
 _TEST_SPLITS = ("test", "validation", "valid", "val")
 
 
@@ -63,6 +63,22 @@ class HuggingFaceData:
         return tables
 
 
+def _may_hold_images(feature: Any) -> bool:
+    """Whether a column may hold images: as such, encoded, as paths, or as bytes and path."""
+    if isinstance(feature, Mapping):
+        return "bytes" in feature
+    kind, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
+    return kind == "Image" or (kind == "Value" and dtype.startswith(("string", "binary", "large")))
+
+
+def _may_hold_labels(feature: Any) -> bool:
+    """Whether a column that is called so may hold classes: values, or lists of one value."""
+    if isinstance(feature, list):
+        return True
+    kind, dtype = type(feature).__name__, str(getattr(feature, "dtype", ""))
+    return kind in ("List", "LargeList", "Sequence") or (kind == "Value" and dtype != "null")
+
+
 class HuggingFaceSplit:
     """An ``ImageSplit``: one column of a table.
 
@@ -71,10 +87,19 @@ class HuggingFaceSplit:
         column: Where its images are.
         labels: One class index a row, or None.
         where: What the split is called in messages.
+        places: Folders in which files lie that rows name by path; relative ones in the first.
     """
 
-    def __init__(self, table: Any, column: str, labels: Sequence[int] | None, where: str) -> None:
+    def __init__(
+        self,
+        table: Any,
+        column: str,
+        labels: Sequence[int] | None,
+        where: str,
+        places: Sequence[Path] = (),
+    ) -> None:
         self._table, self._column, self._where = table, column, where
+        self._places = places
         self.labels: Sequence[int] | None = labels
 
     def __len__(self) -> int:
@@ -88,7 +113,9 @@ class HuggingFaceSplit:
             return image
 
     def name(self, index: int) -> str:
-        path = self._stored(index)[1]
+        path = None
+        with contextlib.suppress(OSError):
+            path = self._stored(index)[1]
         return f"{index} of {self._where}" + (f" ({path})" if path else "")
 
     def digest(self, index: int) -> bytes:
@@ -112,7 +139,17 @@ class HuggingFaceSplit:
             return data
         if path is None:
             raise OSError("there is none in this row")
-        return Path(path).read_bytes()  # a URL is no file here: nothing is fetched
+        return self._inside(path).read_bytes()  # a URL is no file here: nothing is fetched
+
+    def _inside(self, path: str) -> Path:
+        """The file that a row names, which lies in the data set and is a file."""
+        for place in self._places:
+            found = Path(os.path.normpath(place / path))
+            if found.is_relative_to(place):
+                if found.exists() and not found.is_file():
+                    raise OSError(f"{path} is no file")
+                return found
+        raise OSError(f"{path} is not in the data set")
 
 
 class _Tables:
@@ -156,7 +193,8 @@ class _Tables:
         datasets = library()
         if isinstance(table.features[self._image], datasets.Image):
             table = table.cast_column(self._image, datasets.Image(decode=False))
-        return HuggingFaceSplit(table, self._image, labels, f"the split '{name}' of {self._spec}")
+        where = f"the split '{name}' of {self._spec}"
+        return HuggingFaceSplit(table, self._image, labels, where, places(self._spec))
 
     def _choose_train(self) -> str:
         asked = self._asked("train", "split", self._splits)
@@ -200,20 +238,25 @@ class _Tables:
         return [column for column in used if column not in self._splits[split].column_names]
 
     def _image_column(self, features: Mapping[str, Any]) -> str:
+        usable = [name for name, feature in features.items() if _may_hold_images(feature)]
         asked = self._asked("image", "column", features)
+        if asked is not None and asked not in usable:
+            raise UsageError(
+                f"{self._spec}: the column '{asked}' holds no images but {features[asked]}",
+                "a column of images, of encoded images as bytes, or of paths is needed",
+            )
         if asked is not None:
             return asked
         image = library().Image
         found = [name for name, feature in features.items() if isinstance(feature, image)]
         if len(found) == 1:
             return found[0]
-        columns = found or list(features)
+        columns = found or usable
         what = f"several image columns: {', '.join(found)}" if found else "no image column"
-        raise UsageError(
-            f"{self._spec} has {what}",
-            f"{self._spec.with_option(f'image={columns[0]}')}; its columns are "
-            f"{', '.join(features)}",
-        )
+        listed = f"its columns are {', '.join(features)}"
+        if columns:
+            listed = f"{self._spec.with_option(f'image={columns[0]}')}; {listed}"
+        raise UsageError(f"{self._spec} has {what}", listed)
 
     def _label_column(self, features: Mapping[str, Any]) -> str | None:
         if self._spec.options.get("label") == "":
@@ -228,9 +271,8 @@ class _Tables:
                 f"{self._spec} has several columns of classes: {', '.join(found)}",
                 self._spec.with_option(f"label={found[0]}"),
             )
-        plain = [n for n in _LABEL_COLUMNS if isinstance(features.get(n), datasets.Value)]
-        discrete = [n for n in plain if features[n].dtype.startswith(_DISCRETE)]
-        return next(iter([*found, *discrete]), None)
+        plain = [n for n in _LABEL_COLUMNS if n in features and _may_hold_labels(features[n])]
+        return next(iter([*found, *plain]), None)
 
     def _asked(self, option: str, kind: str, known: Iterable[str]) -> str | None:
         """What an option names, which has to be there."""
@@ -247,15 +289,34 @@ class _Tables:
             assert self._label is not None
             table = self._splits[split].select_columns([self._label])
             values = table[:][self._label]
+            if all(isinstance(value, list) and len(value) == 1 for value in values):
+                values = [value[0] for value in values]
             if any(isinstance(value, list | dict) for value in values):
                 raise UsageError(
-                    f"{self._spec}: the column '{self._label}' holds more than one class a row"
+                    f"{self._spec}: the column '{self._label}' holds more than one class a row",
+                    f"use no labels: {self._spec.with_option('label=')}",
                 )
+            if any(isinstance(value, float) for value in values):
+                values = self._whole(values)
             names = getattr(table.features[self._label], "names", None)
             if names is not None:  # -1 is what ClassLabel stores for none
                 values = [None if value in (None, -1) else names[value] for value in values]
             self._known[split] = values
         return self._known[split]
+
+    def _whole(self, values: list[Any]) -> list[Any]:
+        """Labels that are stored as numbers with decimals, and have none.
+
+        Raises:
+            UsageError: One has.
+        """
+        for value in values:
+            if value is not None and not float(value).is_integer():
+                raise UsageError(
+                    f"{self._spec}: the column '{self._label}' holds {value}, which is no class",
+                    f"name another, or use no labels: {self._spec.with_option('label=')}",
+                )
+        return [None if value is None else int(value) for value in values]
 
     def _labelled(self, split: str) -> list[Any]:
         """The same.

@@ -126,6 +126,16 @@ def _load_dataset(datasets: ModuleType, path: str, spec: Spec) -> Any:
     )
 
 
+def places(spec: Spec) -> list[Path]:
+    """Where the files lie that a data set's rows may name: its folder, and the caches."""
+    datasets = library()
+    from huggingface_hub import constants
+
+    caches = (_root(spec), datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)
+    found = [Path(cache).expanduser().absolute() for cache in caches if cache is not None]
+    return found if spec.folder is None else [spec.folder, *found]
+
+
 def _root(spec: Spec) -> str | None:
     root = spec.options.get("root")
     return None if root is None else os.path.expanduser(root)

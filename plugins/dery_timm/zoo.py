@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dery_cli.types import InputSpec, ModelCard
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _SPDX = {
     "apache-2.0": "Apache-2.0",
@@ -111,6 +112,15 @@ class TimmZoo:
                 raise
             raise OSError(_unreachable(model, error)) from error
         return built.eval()
+
+    def convert_weights(self, built: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An architecture's older or original checkpoint, as timm converts it."""
+        module = sys.modules[type(built).__module__]
+        convert = getattr(module, "checkpoint_filter_fn", None)
+        if convert is None:
+            return state
+        converted: dict[str, Tensor] = convert(state, built)
+        return converted
 
 
 def _config(model: str) -> Any:

@@ -372,6 +372,29 @@ def test_a_donor_that_turns_bad_loses_its_embedding(ws, dery, nan_in_vit):
     assert record(ws, f"embeddings/{VIT}")["data"]["bad"]["node"] == 3
 
 
+def test_features_too_large_for_half_precision_keep_that_donor_alone_in_single(
+    bare, dery, monkeypatch
+):
+    features = Dissection.features
+
+    def large(self, x):
+        token_model = any(node.num_prefix_tokens for node in self.anatomy.nodes)
+        for number, feature in enumerate(features(self, x)):
+            yield feature * 1e6 if token_model and number == 3 else feature
+
+    monkeypatch.setattr(Dissection, "features", large)
+    outcome = dery(EMBED)
+    assert outcome.code == 0, outcome.stderr
+    (warning,) = outcome.json["warnings"]
+    assert warning.startswith("demo__vit_cls: node 3 (blocks.2) gives features up to ")
+    assert warning.endswith("too large for float16; its features are kept in fp32")
+    assert record(bare, f"embeddings/{VIT}")["data"]["dtype"] == "fp32"
+    assert "dtype" not in record(bare, f"embeddings/{RESNEXT}")["data"]
+    again = dery(EMBED)
+    assert (again.json["result"]["embedded"], again.json["warnings"]) == ([], [])
+    assert dery("sim").code == 0
+
+
 def test_a_zoo_of_bad_donors_cannot_be_compared(bare, dery, nan_in_vit):
     assert dery(f"{EMBED} --skip-bad").code == 0
     assert dery("zoo remove demo__resnext").code == 0

@@ -69,8 +69,7 @@ def test_it_is_found_checked_and_added(python, tmp_path):
     missing = dery("zoo", "add", "birds/small", code=1)["error"]
     assert "cannot get the weights of birds/small" in missing["message"]
     added = dery("zoo", "add", "birds/small", "--no-pretrained")["result"]["added"]
-    assert added[0]["license"] == "MIT"
-    assert added[0]["task"] == "200 species of birds"
+    assert (added[0]["license"], added[0]["task"]) == ("unknown", "unknown")  # random weights
     near = dery("zoo", "add", "birds/smal", code=2)["error"]
     assert near["hint"] == "did you mean birds/small?"
 

@@ -128,10 +128,10 @@ class Crashing(Unit):
 @pytest.mark.parametrize(
     ("zoo", "reason"),
     [
-        (Zoo(input=spec(mean=(0.5,))), "card: the card needs a mean and a positive std"),
-        (Zoo(input=spec(std=(1.0, 0.0, 1.0))), "card: the card needs a mean and a positive std"),
+        (Zoo(input=spec(mean=(0.5,))), "card: the card needs a mean for each"),
+        (Zoo(input=spec(std=(1.0, 0.0, 1.0))), "card: the card needs a positive std"),
         (Zoo(input=spec(interpolation="magic")), "card: the card's interpolation is 'magic'"),
-        (Zoo(input=spec(image_size=(0, 16))), "card: the card's input is no image"),
+        (Zoo(input=spec(image_size=(0, 16))), "card: the card's image_size is (0, 16)"),
         (Zoo(before=use_network), "build(pretrained=False) must not use the network"),
         (Zoo(unit=Noisy), "save: after saving and loading, the output differs"),
         (Zoo(unit=Forgetful), "training: in eval mode units.0.count changes"),
@@ -245,3 +245,33 @@ def test_wrong_usage_exits_2(line, message, tmp_path):
     outcome = run_dery(*line.split(), "--json", cwd=tmp_path)
     assert outcome.code == 2
     assert message in outcome.json["error"]["message"]
+
+
+def test_a_failure_in_training_is_the_only_one():
+    """The checks after it find the model as it was before."""
+
+    class Frozen(Zoo):
+        def build(self, model, *, pretrained, image_size=None):
+            built = super().build(model, pretrained=pretrained)
+            return built.requires_grad_(False)
+
+    for zoo, reason in (
+        (Frozen(), "no parameter requires a gradient; build() must leave that on"),
+        (Zoo(unit=Crashing), "RuntimeError: cannot train"),
+    ):
+        (report,) = [testing.check_model(zoo, name) for name in zoo.list_models()]
+        assert [check.name for check in report.failures] == ["training"]
+        assert reason in report.failures[0].detail
+
+
+class Asking(Unit):
+    """Its forward asks for numbers, which a trace has not."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if bool(x.mean() > 0) else 1)
+
+
+def test_a_model_that_cannot_be_traced_keeps_the_contract_as_a_whole():
+    (report,) = testing.check_plugin(Zoo(unit=Asking))
+    assert "Tiny cannot be traced" in report.whole_only
+    assert report.anatomy.num_units == 1

@@ -197,3 +197,11 @@ def test_running_a_command_leaves_the_callers_signal_handlers():
     before = signal.getsignal(signal.SIGTERM)
     assert cli.run(["zoo", "plugins", "--json"]) == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_workspace_whose_path_is_no_text(tmp_path):
+    for place in ("caf\udce9", "~nobody-of-that-name/x"):
+        outcome = run_dery("zoo", "list", "--json", "-w", place, cwd=tmp_path)
+        assert outcome.code == 2
+        assert outcome.stdout.isascii()
+        assert outcome.json["error"]["message"].startswith("the workspace ")

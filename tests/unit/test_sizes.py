@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dery_cli.sizes import show_decimals, show_duration, show_range, show_shape, within
+from dery_cli.errors import UsageError
+from dery_cli.sizes import check_name, show_decimals, show_duration, show_range, show_shape, within
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,9 @@ def test_durations(seconds, text):
 )
 def test_ranges(values, text):
     assert show_range(values) == text
+
+
+def test_names_are_short_enough_for_files():
+    assert check_name("a" * 200, "donor") == "a" * 200
+    with pytest.raises(UsageError, match="bad donor name"):
+        check_name("a" * 201, "donor")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dery_cli.core.dissection.meta import meta_copy
+from dery_cli.core.dissection.meta import has_numbers, meta_copy, run_copy
 
 
 def count_params(module: nn.Module) -> int:
@@ -22,10 +22,19 @@ def count_flops(module: nn.Module, example: torch.Tensor) -> int:
     """Multiply-adds of ``module`` in eval mode for one image (the first of ``example``).
 
     Args:
-        module: Any module taking one tensor; it is neither run nor changed.
+        module: Any module taking one tensor; it is not changed. A copy of it is run only where its
+            forward asks for numbers, which the ``meta`` device has not.
         example: Input with the batch dimension first; only its shape and type matter.
     """
-    twin = meta_copy(module).eval().requires_grad_(False)
+    shape = (1, *example.shape[1:])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(torch.empty((1, *example.shape[1:]), dtype=example.dtype, device="meta"))
+        try:
+            meta_copy(module).eval()(torch.empty(shape, dtype=example.dtype, device="meta"))
+        except Exception:
+            if not has_numbers(module):
+                raise
+        else:
+            return int(counter.get_total_flops()) // 2
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run_copy(module, shape, example.dtype)
     return int(counter.get_total_flops()) // 2

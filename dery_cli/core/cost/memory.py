@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dery_cli.core.dissection.meta import meta_copy
+from dery_cli.core.dissection.meta import has_numbers, meta_copy, run_copy
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -64,7 +64,8 @@ def activation_peak(module: nn.Module, shape: tuple[int, ...], batch_size: int) 
     """Most bytes of activations alive at once while ``module`` runs in eval mode, its input too.
 
     Args:
-        module: Takes one float32 tensor; it is neither run nor changed.
+        module: Takes one float32 tensor; it is not changed. A copy of it is run only where its
+            forward asks for numbers, which the ``meta`` device has not.
         shape: Of the input for one image.
         batch_size: Images.
     """
@@ -81,5 +82,14 @@ def peak_on_meta(twin: nn.Module, shape: tuple[int, ...], batch_size: int) -> in
     """
     x = torch.empty((batch_size, *shape), device="meta")
     with torch.inference_mode(), PeakBytes([x, *twin.parameters(), *twin.buffers()]) as peak:
-        twin(x)
-    return int(peak.peak + x.nbytes)
+        try:
+            twin(x)
+        except Exception:
+            if not has_numbers(module):
+                raise
+        else:
+            return int(peak.peak + x.nbytes)
+    known = [*module.parameters(), *module.buffers()]
+    with torch.inference_mode(), PeakBytes(known) as peak:
+        run_copy(module, (batch_size, *shape), x.dtype)
+    return max(0, int(peak.peak) - sum(tensor.nbytes for tensor in known))  # those of the copy

@@ -169,7 +169,7 @@ def dissect(
         kind = type(model).__name__
         reason = str(error).strip().splitlines()
         raise DissectError(
-            f"{kind} does not run on an input of shape {tuple(shape)}: "
+            f"{kind} cannot be traced on an input of shape {tuple(shape)}: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
     plan = _Plan(model, trace, nodes=nodes, whole=whole)

@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dery_cli.core.dissection.trees import take_apart
+
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose tensors are all on the ``meta`` device: structure without memory.
@@ -25,6 +27,17 @@ def meta_copy(module: nn.Module) -> nn.Module:
             if id(tensor) not in memo:
                 memo[id(tensor)] = _meta_like(tensor)
     return copy.deepcopy(module, memo)
+
+
+def has_numbers(module: nn.Module) -> bool:
+    """Whether a module can be run: none of its tensors is on the ``meta`` device."""
+    return not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def run_copy(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Run a copy of a module in eval mode on zeros, where the module is."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    copy.deepcopy(module).eval()(torch.zeros(shape, dtype=dtype, device=device))
 
 
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,6 +58,8 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
         elif isinstance(value, (list, tuple, set)):
             for item in value:
                 yield from _tensors(item, depth + 1)
+        elif (shell := take_apart(value)) is not None:
+            yield from _tensors(dict(shell.parts), depth + 1)
 
 
 class FlopMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]

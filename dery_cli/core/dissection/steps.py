@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dery_cli.core.dissection.trace import Attr, Call, Op, Outputs, Ref, Trace
+from dery_cli.core.dissection.trees import Shell, pick, put_together
 from dery_cli.core.dissection.twins import (
     DEVICE,
     Batch,
@@ -256,7 +257,7 @@ class Runner:
             for keys, value in step.outputs:
                 item = result
                 for key in keys:
-                    item = item[key]
+                    item = pick(item, key)
                 env[value] = item
             for value in step.drops:
                 env.pop(value, None)
@@ -265,14 +266,14 @@ class Runner:
 def _kept(module: nn.Module, keys: tuple[Any, ...]) -> Any:
     item = getattr(module, keys[0])
     for key in keys[1:]:
-        item = item[key]
+        item = pick(item, key)
     return item
 
 
 def _refill(tree: Any, env: Mapping[int, Any]) -> Any:
     if isinstance(tree, Ref):
         return env[tree.value]
-    if isinstance(tree, (list, tuple, dict, slice)):
+    if isinstance(tree, (list, tuple, dict, slice, Shell)):
         return _fill(tree, env, 0, None, False)
     return tree
 
@@ -289,13 +290,13 @@ def _fill(
     if tree is DEVICE:
         return device
     if isinstance(tree, slice):
-        parts = (tree.start, tree.stop, tree.step)
-        return slice(*(_fill(part, env, batch, device, training) for part in parts))
-    if isinstance(tree, dict):
+        ends = (tree.start, tree.stop, tree.step)
+        return slice(*(_fill(end, env, batch, device, training) for end in ends))
+    if isinstance(tree, Shell):
+        parts = {k: _fill(v, env, batch, device, training) for k, v in tree.parts.items()}
+        return put_together(Shell(tree.like, parts))
+    if type(tree) is dict:
         return {k: _fill(v, env, batch, device, training) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        items = [_fill(item, env, batch, device, training) for item in tree]
-        if isinstance(tree, list):
-            return items
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if type(tree) in (list, tuple):
+        return type(tree)(_fill(item, env, batch, device, training) for item in tree)
     return tree

@@ -9,8 +9,9 @@ makes a new value of the same tensor. Time is the index of an op; a call spans [
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dery_cli.core.dissection.meta import SHORTCUTS, FlopMeter, lstm_flops, meta_copy
+from dery_cli.core.dissection.trees import Field, Shell, leaves, map_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Attr:
     keys: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return ".".join(filter(None, [self.path, *map(str, self.keys)]))
+        names = (key.name if isinstance(key, Field) else str(key) for key in self.keys)
+        return ".".join(filter(None, [self.path, *names]))
 
 
 @dataclasses.dataclass
@@ -128,57 +131,40 @@ class Trace:
 
 
 def record(
-    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, *, train: bool, count: bool
+    model: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    train: bool,
+    count: bool,
+    device: torch.device | None = None,
 ) -> Trace:
-    """Run a meta copy of ``model`` on an input of ``shape`` and write down what happens.
+    """Run a copy of ``model`` on an input of ``shape`` and write down what happens.
 
     Args:
-        model: Left untouched; its forward must work on the ``meta`` device.
+        model: Left untouched; its forward must work on the ``meta`` device, unless one is given.
         shape: (N, C, H, W).
         dtype: Type of the input.
         train: Whether to run in training mode.
         count: Whether to count each op's floating-point operations.
+        device: Run with the model's own numbers there, on a random image; without numbers if None.
 
     Raises:
         Exception: Whatever the model's forward raises.
         ValueError: It returns no tensor.
     """
-    twin = meta_copy(model).train(train).requires_grad_(False)
-    image = torch.empty(shape, dtype=dtype, device="meta")
+    if device is None:
+        twin, image = meta_copy(model), torch.empty(shape, dtype=dtype, device="meta")
+    else:
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        twin, image = copy.deepcopy(model), drawn.to(device, dtype)
+    twin = twin.train(train).requires_grad_(False)
     counter = FlopMeter() if count else None
     with torch.no_grad(), counter or contextlib.nullcontext():
-        recorder = _Recorder(twin, image, counter)
+        recorder = _Recorder(twin, image, counter, SHORTCUTS if device is None else {})
         with recorder:
             recorder.run(image)
     return recorder.trace()
-
-
-def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """``tree`` with every tensor in its tuples, lists, dicts and slices replaced."""
-    if isinstance(tree, torch.Tensor):
-        return change(tree)
-    if isinstance(tree, slice):
-        return slice(*(map_tensors(part, change) for part in (tree.start, tree.stop, tree.step)))
-    if isinstance(tree, dict):
-        return {key: map_tensors(item, change) for key, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        items = [map_tensors(item, change) for item in tree]
-        if isinstance(tree, list):
-            return items
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    return tree
-
-
-def leaves(tree: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
-    """The tensors in ``tree`` with the keys that lead to them."""
-    if isinstance(tree, torch.Tensor):
-        yield keys, tree
-    elif isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from leaves(item, (*keys, key))
-    elif isinstance(tree, (list, tuple)):
-        for index, item in enumerate(tree):
-            yield from leaves(item, (*keys, index))
 
 
 _SHAPE_ONLY = {
@@ -197,9 +183,15 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, image: torch.Tensor, counter: FlopMeter | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        image: torch.Tensor,
+        counter: FlopMeter | None,
+        shortcuts: Mapping[Any, Callable[..., Any]],
+    ) -> None:
         super().__init__()
-        self.model, self.counter = model, counter
+        self.model, self.counter, self.shortcuts = model, counter, shortcuts
         self.values: list[Value] = []
         self.current: dict[int, int] = {}  # id of a tensor object -> its latest value
         self.ops: list[Op] = []
@@ -242,7 +234,7 @@ class _Recorder(TorchFunctionMode):
         inputs = [tensor for _, tensor in leaves([args, kwargs])]
         # a slice may hold tensors, but they index: they are read, never written
         versions = [tensor._version for tensor in inputs]
-        result = SHORTCUTS.get(func, func)(*args, **kwargs)
+        result = self.shortcuts.get(func, func)(*args, **kwargs)
         if func is torch.lstm and self.counter is not None:
             self.counter.total += lstm_flops(args)
         produced = any(True for _ in leaves(result))
@@ -357,6 +349,8 @@ def _reads(tree: Any) -> list[int]:
     def look(item: Any) -> None:
         if isinstance(item, Ref):
             found[item.value] = None
+        elif isinstance(item, Shell):
+            look(dict(item.parts))
         elif isinstance(item, dict):
             for part in item.values():
                 look(part)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dery_cli.core.dissection.trace import Ref
+from dery_cli.core.dissection.trees import Shell, put_together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +88,30 @@ def merge(trees: Sequence[Any], runs: Sequence[Run]) -> Any:
         return _explained(trees, runs)
     if isinstance(mine, slice):
         return slice(*merge([(s.start, s.stop, s.step) for s in trees], runs))
+    if isinstance(mine, Shell):
+        return Shell(mine.like, merge([dict(tree.parts) for tree in trees], runs))
     if isinstance(mine, dict):
         if any(tree.keys() != mine.keys() for tree in trees):
             raise UnclearError(f"has the keys {list(mine)} in one run and not in another")
-        return {key: merge([tree[key] for tree in trees], runs) for key in mine}
+        merged = {key: merge([tree[key] for tree in trees], runs) for key in mine}
+        return _like(mine, merged)
     if isinstance(mine, (list, tuple)):
         if len({len(tree) for tree in trees}) > 1:
             lengths = [len(tree) for tree in trees]
             raise UnclearError(f"is given {_listed(lengths, runs)} values")
         parts = [merge(part, runs) for part in zip(*trees, strict=True)]
-        if isinstance(mine, list):
-            return parts
-        return type(mine)(*parts) if hasattr(mine, "_fields") else tuple(parts)
+        return _like(mine, dict(enumerate(parts)))
     return _explained(trees, runs)
+
+
+def _like(mine: Any, parts: dict[Any, Any]) -> Any:
+    """A dict, list or tuple of the same kind; a ``Shell`` where a kind of its own is left open."""
+    if type(mine) is dict:
+        return parts
+    if type(mine) in (list, tuple):
+        return type(mine)(parts.values())
+    shell = Shell(mine, parts)
+    return shell if varies(parts) else put_together(shell)
 
 
 def varies(tree: Any) -> bool:
@@ -108,6 +120,8 @@ def varies(tree: Any) -> bool:
         return True
     if isinstance(tree, slice):
         return varies((tree.start, tree.stop, tree.step))
+    if isinstance(tree, Shell):
+        return varies(dict(tree.parts))
     if isinstance(tree, dict):
         return any(map(varies, tree.values()))
     return isinstance(tree, (list, tuple)) and any(map(varies, tree))

@@ -197,7 +197,7 @@ def _delivered(features: PooledFeatures, node: Node, dtype: torch.dtype) -> Pool
                 f"node {node.index} ({node.name}) gives features up to "
                 f"{float(tensor.abs().max()):.3g}, too large for {str(dtype).split('.')[-1]}",
                 "use --dtype fp32",
-                details={"node": node.index},
+                details={"node": node.index, "too_large": True},
             )
         delivered[field.name] = cast
     return PooledFeatures(**delivered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dery_cli.runtime.printable import markdown
 from dery_cli.sizes import show_count, show_shape
 
 
@@ -17,7 +18,7 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
     """
     network = data["network"]
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
         "A network assembled by `dery` (Deep Model Reassembly, Yang et al., NeurIPS 2022) from "
         "blocks of pretrained models.",
@@ -29,7 +30,7 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
         f"- chosen by: {_reason(data)}",
     ]
     if data["test_top1"] is not None:
-        lines.append(f"- top-1 on {data['target']}, untrained: {data['test_top1']:.4f}")
+        lines.append(f"- top-1 on {markdown(data['target'])}, untrained: {data['test_top1']:.4f}")
     lines += [
         "",
         "| block | donor | nodes | pretrained on | licence | stitch R2 |",
@@ -37,9 +38,10 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
     ]
     for block, joint in zip(network["blocks"], network["joints"], strict=True):
         r2 = "" if joint is None or joint["r2"] is None else f"{joint['r2']:.3f}"
+        donor = markdown(block["donor"])
         lines.append(
-            f"| {block['stage'] + 1} | {block['donor']} | {block['start']}-{block['stop']} "
-            f"| {block['task']} | {block['license']} | {r2} |"
+            f"| {block['stage'] + 1} | {donor} | {block['start']}-{block['stop']} "
+            f"| {markdown(block['task'])} | {markdown(block['license'])} | {r2} |"
         )
     lines += [
         "",
@@ -59,4 +61,5 @@ def model_card(name: str, data: Mapping[str, Any]) -> str:
 def _reason(data: Mapping[str, Any]) -> str:
     if data["held_out"] is None:
         return f"{data['proxy']['name']}, {data['proxy']['score']:.4f}"
-    return f"accuracy on held-out training images of {data['target']}, {data['held_out']:.4f}"
+    target = markdown(data["target"])
+    return f"accuracy on held-out training images of {target}, {data['held_out']:.4f}"

@@ -103,7 +103,8 @@ class _Runner:
             words += ["--device", self._config.device]
         shown = shlex.join(["dery", *words])
         self.lines.append(shown)
-        self._terminal.say(f"\n$ {shown}", style="bold cyan")
+        self._terminal.say()
+        self._terminal.say(f"$ {shown}", style="bold cyan")
         flags = {
             "--json": self._terminal.json,
             "--quiet": self._terminal.quiet,

@@ -8,6 +8,7 @@ wherever that happens, so the features do not depend on the number of processes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -103,15 +104,19 @@ class Embedder:
         self._processes.order(order)
         return self._load(donor, order)
 
-    def rows(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def rows(self, batch_size: int, dtype: str) -> Iterator[dict[str, Tensor]]:
         """Rows of every tensor of ``embedding_specs``, batch by batch.
+
+        Args:
+            batch_size: Images a batch.
+            dtype: Of this donor's features, whatever the others' are.
 
         Raises:
             NoMemoryError: A batch did not fit.
             DeryError: An image cannot be read, or features are NaN or infinite.
         """
-        self._processes.order({"step": "pass", "batch_size": batch_size})
-        yield from self._rows(batch_size)
+        self._processes.order({"step": "pass", "batch_size": batch_size, "dtype": dtype})
+        yield from self._rows(batch_size, dtype)
 
     def follow(self) -> NoReturn:
         """Do what the main process orders, until the end.
@@ -125,7 +130,7 @@ class Embedder:
                 if order["step"] == "load":
                     self._load(Donor.from_json(order["donor"]), order)
                 else:
-                    for _ in self._rows(order["batch_size"]):
+                    for _ in self._rows(order["batch_size"], order["dtype"]):
                         pass
             except Dismissed as dismissed:
                 if dismissed.code is not None:
@@ -149,8 +154,9 @@ class Embedder:
         self._processes.check(failure)
         return int(min(self._processes.share(size)))
 
-    def _rows(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    def _rows(self, batch_size: int, dtype: str) -> Iterator[dict[str, Tensor]]:
         assert self._donor is not None
+        self._config = dataclasses.replace(self._config, dtype=dtype)
         count, rank = self._processes.count, self._processes.rank
         nodes, config = self._donor.anatomy.nodes, self._config
         spans = batch_spans(len(self._indices), batch_size)

@@ -30,6 +30,8 @@ from dery_cli.stages.embed.store import (
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo, require_zoo
 
+_LARGEST_DTYPE = EmbedConfig.DTYPES[-1]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedded:
@@ -210,21 +212,29 @@ def _embed_one(
     auto = config.batch_size == AUTO
     wanted = known_batch_size(space.embedding(donor.name), record) if auto else config.batch_size
     size = embedder.load(donor, indices, None if wanted is None else int(wanted))
-    specs = embedding_specs(donor.anatomy.nodes, config, len(indices))
+    dtype = config.dtype
     loaded = time.monotonic()
     with transaction(space.embedding(donor.name)) as work:
         path = work.path(f"{donor.name}.safetensors")
         while True:
             try:
+                made = dataclasses.replace(config, dtype=dtype)
+                specs = embedding_specs(donor.anatomy.nodes, made, len(indices))
                 with (
                     SafetensorsStream(path, specs) as stream,
                     terminal.progress(donor.name, len(indices)) as progress,
                 ):
-                    for rows in embedder.rows(size):
+                    for rows in embedder.rows(size, dtype):
                         for name, tensor in rows.items():
                             stream.write(name, tensor)
                         progress.advance(len(rows["0.feat_NC"]))
                 break
+            except DeryError as error:
+                if dtype == _LARGEST_DTYPE or not (error.details or {}).get("too_large"):
+                    raise
+                dtype = _LARGEST_DTYPE
+                terminal.warn(f"{donor.name}: {error.message}; its features are kept in {dtype}")
+                continue
             except NoMemoryError:
                 if size == 1 or not auto:
                     raise DeryError(
@@ -233,7 +243,7 @@ def _embed_one(
                     ) from None
             size //= 2
             terminal.note(f"{donor.name}: out of memory, again with batches of {size}")
-        work.commit(finished(record, size))
+        work.commit(finished(record, size, dtype))
     seconds = time.monotonic() - loaded
     write_log(
         space.embeddings / f"{donor.name}.log.json",

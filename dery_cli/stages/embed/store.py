@@ -76,6 +76,7 @@ EMBEDDING = Kind(
             },
             {
                 "batch_size": integer(1),
+                "dtype": one_of(*EmbedConfig.DTYPES),
                 "bad": fields(
                     {"message": any_text, "hint": optional(any_text), "node": optional(COUNT)}
                 ),
@@ -161,9 +162,14 @@ def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibrati
     )
 
 
-def finished(record: Artifact, batch_size: int) -> Artifact:
-    """The record of an embedding that was made with this many images a batch."""
-    return dataclasses.replace(record, data={**record.data, "batch_size": batch_size})
+def finished(record: Artifact, batch_size: int, dtype: str) -> Artifact:
+    """The record of an embedding that was made with this many images a batch.
+
+    Where a donor's features are of another type than the option says, the record tells it.
+    """
+    made = {"batch_size": batch_size}
+    other = {} if dtype == record.options["dtype"] else {"dtype": dtype}
+    return dataclasses.replace(record, data={**record.data, **made, **other})
 
 
 def left_out(record: Artifact, error: DeryError) -> Artifact:

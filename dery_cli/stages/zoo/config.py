@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from dery_cli.errors import UsageError
+from dery_cli.sizes import check_between
+from dery_cli.zoo.manifest import LARGEST_SIDE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,10 @@ class AddConfig:
         specs: Models to add.
         name: Of the donor, where there is a single spec.
         weights: Local checkpoint, where there is a single spec.
+        weights_key: Which of the state dicts in it.
+        license: Of the weights, where there is a single spec; what the plugin says where None.
+        task: What they were trained on; the same.
+        source: Where they come from; the same.
         manifest: A list of further models, or None.
         image_size: Input side in pixels; the model's own where None.
         pretrained: Load weights, or leave them random.
@@ -29,6 +35,10 @@ class AddConfig:
     specs: tuple[str, ...] = ()
     name: str | None = None
     weights: Path | None = None
+    weights_key: str | None = None
+    license: str | None = None
+    task: str | None = None
+    source: str | None = None
     manifest: str | None = None
     image_size: int | None = None
     pretrained: bool = True
@@ -36,8 +46,16 @@ class AddConfig:
     offline: bool = False
 
     def __post_init__(self) -> None:
-        if (self.name or self.weights) and len(self.specs) != 1:
-            raise UsageError("--as and --weights go with a single SPEC", f"got {len(self.specs)}")
+        told = (self.name, self.weights, self.license, self.task, self.source)
+        if any(value is not None for value in told) and len(self.specs) != 1:
+            raise UsageError(
+                "--as, --weights, --license, --task and --source go with a single SPEC",
+                f"got {len(self.specs)}",
+            )
+        if self.weights_key is not None and self.weights is None:
+            raise UsageError("--weights-key goes with --weights")
+        if self.image_size is not None:
+            check_between("--image-size", self.image_size, 1, LARGEST_SIDE)
         if not self.specs and self.manifest is None:
             raise UsageError(
                 "nothing to add", "dery zoo add SPEC..., or dery zoo add --manifest demo"
@@ -62,5 +80,5 @@ class CheckConfig:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise UsageError(f"--image-size is {self.image_size}", "give a side in pixels")
+        if self.image_size is not None:
+            check_between("--image-size", self.image_size, 1, LARGEST_SIDE)

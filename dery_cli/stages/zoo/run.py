@@ -29,6 +29,8 @@ from dery_cli.zoo.registry import (
     write_zoo,
 )
 
+_LONGEST_SUFFIX = 20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Added:
@@ -95,6 +97,7 @@ def add_donors(terminal: Terminal, space: Workspace, config: AddConfig) -> Added
                     if zoo.donors.get(donor.name) == donor:
                         unchanged.append(donor.name)
                     else:
+                        _tell_twins(zoo, donor, terminal.warn)
                         zoo = _register(space, zoo, donor, entry)
                         donors.append(donor)
                 progress.advance()
@@ -112,7 +115,16 @@ def _present(terminal: Terminal, space: Workspace) -> Zoo:
 
 def _entries(config: AddConfig) -> list[ManifestEntry]:
     entries = [
-        ManifestEntry(spec=spec, name=config.name, weights=config.weights) for spec in config.specs
+        ManifestEntry(
+            spec=spec,
+            name=config.name,
+            weights=config.weights,
+            weights_key=config.weights_key,
+            license=config.license,
+            task=config.task,
+            source=config.source,
+        )
+        for spec in config.specs
     ]
     return entries if config.manifest is None else entries + load_manifest(config.manifest)
 
@@ -149,6 +161,7 @@ def _prepare(
         image_size=None if side is None else (side, side),
         pretrained=config.pretrained,
         weights=entry.weights,
+        weights_key=entry.weights_key,
         allow_partial=config.allow_partial or entry.allow_partial,
         warn=warn,
     )
@@ -159,14 +172,24 @@ def _prepare(
     }
     kept = None
     if entry.weights is not None:
-        kept = f"{WEIGHTS_FOLDER}/{donor.name}{_plain_suffix(entry.weights)}"
+        suffix = ".safetensors" if entry.weights_key else _plain_suffix(entry.weights)
+        kept = f"{WEIGHTS_FOLDER}/{donor.name}{suffix}"
     return dataclasses.replace(donor, card=dataclasses.replace(donor.card, **known), weights=kept)
+
+
+def _tell_twins(zoo: Zoo, donor: Donor, warn: Callable[[str], None]) -> None:
+    """Say that a donor is there already under another name: it adds nothing but a copy."""
+    for other in zoo.donors.values():
+        same = other.weights_sha256 == donor.weights_sha256 and other.anatomy == donor.anatomy
+        if same and other.name != donor.name:
+            warn(f"{donor.name} has the same weights as {other.name}; one of the two is enough")
+            return
 
 
 def _plain_suffix(path: Path) -> str:
     """A file's suffix, where it may stand in a workspace's own file names."""
-    kept = is_file_name(f"x{path.suffix}") and path.suffix not in (PART, PENDING)
-    return path.suffix if kept else ""
+    plain = is_file_name(f"x{path.suffix}") and len(path.suffix) <= _LONGEST_SUFFIX
+    return path.suffix if plain and path.suffix not in (PART, PENDING) else ""
 
 
 def _check_hash(entry: ManifestEntry, wanted: str, warn: Callable[[str], None]) -> None:
@@ -190,17 +213,26 @@ def _register(space: Workspace, zoo: Zoo, donor: Donor, entry: ManifestEntry) ->
     """Write the zoo with one more donor, and its local checkpoint, if it has one, beside it."""
     zoo = zoo.with_donor(donor)
     if entry.weights is not None and donor.weights is not None:
-        _keep_copy(entry.weights, space.root / donor.weights)
+        _keep_copy(entry.weights, entry.weights_key, space.root / donor.weights)
     write_zoo(space, zoo)
     return zoo
 
 
-def _keep_copy(source: Path, target: Path) -> None:
-    """Copy a local checkpoint into the workspace: later stages do not depend on its place."""
+def _keep_copy(source: Path, key: str | None, target: Path) -> None:
+    """Copy a local checkpoint into the workspace: later stages do not depend on its place.
+
+    Where a key chose one of several state dicts, that one alone is kept.
+    """
     half = target.with_name(target.name + PART)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, half)
+        if key is None:
+            shutil.copyfile(source, half)
+        else:
+            from dery_cli.io.row_stream import write_tensors
+            from dery_cli.zoo.checkpoints import read_checkpoint
+
+            write_tensors(half, read_checkpoint(source, key).tensors)
         sync(half)
         half.replace(target)
     except OSError as error:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from dery_cli.data.folders import read_folder
+from dery_cli.data.folders import PassedOver, read_folder
 from dery_cli.data.sets import open_data
 from dery_cli.data.splits import read_image
 from dery_cli.errors import DeryError, UsageError
@@ -162,3 +162,73 @@ def test_a_class_name_that_is_no_text(tmp_path):
     os.rename(tmp_path / "bee", os.fsencode(tmp_path) + b"/caf\xe9")
     with pytest.raises(UsageError, match=r"has a name that is not UTF-8: b'caf\\xe9'"):
         read_folder(tmp_path)
+
+
+def passed_over(root):
+    passed = PassedOver()
+    read_folder(root, passed)
+    return [note.replace(f"{root}/", "") for note in passed.notes()]
+
+
+def test_classes_that_link_one_another_keep_their_own_images(tmp_path):
+    """Followed without memory, nine of them have about a million ways through one another."""
+    names = [f"c{number}" for number in range(9)]
+    make_images(tmp_path, names, 1)
+    for name in names:
+        for other in names:
+            (tmp_path / name / f"to-{other}").symlink_to(tmp_path / other)
+    classes, train, _ = read_folder(tmp_path)
+    assert (classes, train.labels) == (tuple(names), list(range(9)))
+
+
+def test_folders_in_a_class_that_link_one_another_are_read_once(tmp_path):
+    make_images(tmp_path, CLASSES, 1)
+    inner = [f"i{number}" for number in range(9)]
+    make_images(tmp_path / "ant", inner, 1)
+    for name in inner:
+        for other in inner:
+            (tmp_path / "ant" / name / f"to-{other}").symlink_to(tmp_path / "ant" / other)
+    assert sizes(tmp_path) == (CLASSES, 11, None)
+
+
+def test_a_class_that_is_a_link_to_another_is_none(tmp_path):
+    make_images(tmp_path, [*CLASSES, "zed"], 2)
+    (tmp_path / "wasp").symlink_to("bee")
+    assert sizes(tmp_path) == ((*CLASSES, "zed"), 6, None)
+    assert passed_over(tmp_path) == ["passed over, for they link to another class: wasp"]
+
+
+def test_folders_nest_only_so_deep(tmp_path):
+    make_images(tmp_path, CLASSES, 1)
+    deep = tmp_path / "bee" / "/".join("d" * 70)
+    deep.mkdir(parents=True)
+    with pytest.raises(UsageError, match="folders nest more than 64 deep"):
+        read_folder(tmp_path)
+
+
+def test_what_is_passed_over_is_told(tmp_path):
+    make_images(tmp_path, CLASSES, 2)
+    assert passed_over(tmp_path) == []
+    (tmp_path / "cow").mkdir()
+    for name in ("cow/a.heic", "cow/b.heic", "ant/notes.txt", "LICENSE"):
+        (tmp_path / name).write_bytes(b"x")
+    os.mkfifo(tmp_path / "ant" / "pipe.png")
+    (tmp_path / "bee" / "zero.png").symlink_to("/dev/zero")
+    assert passed_over(tmp_path) == [
+        "passed over, for they are no files: ant/pipe.png, bee/zero.png",
+        "no classes, for they have no images: cow",
+        "passed over 4 files that are no images: 2 .heic, 1 .txt, 1 no suffix",
+    ]
+    assert open_data(str(tmp_path)).notes[1].endswith("/cow")
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "avif", "jp2", "pbm", "tga"])
+def test_what_pillow_reads_is_read(tmp_path, suffix):
+    make_images(tmp_path, CLASSES, 1)
+    image = read_image(read_folder(tmp_path)[1], 0)
+    if suffix == "pbm":
+        image = image.convert("1")
+    image.save(tmp_path / "ant" / f"x.{suffix}")
+    train = read_folder(tmp_path)[1]
+    assert len(train) == 3
+    assert read_image(train, 1).size == image.size

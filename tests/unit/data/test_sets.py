@@ -17,7 +17,7 @@ from dery_cli.data.splits import FolderSplit, read_image, stratified_holdout
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.types import InputSpec
-from dery_cli.zoo.transforms import EvalTransform, field_of_view, to_mode
+from dery_cli.zoo.transforms import EvalTransform, NoBrightnessError, field_of_view, to_mode
 from tests.conftest import make_images
 
 
@@ -458,3 +458,47 @@ def test_a_plugin_that_breaks_its_contract(plugin, argument, message):
     plugin(Faulty(("a", "b")))
     with pytest.raises(DeryError, match=message):
         open_data(f"my:{argument}")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "seen"),
+    [
+        ([0, 0.5, 1], "float32", [0, 128, 255]),
+        ([0, 100, 255], "float32", [0, 100, 255]),
+        ([0, 100, 255], "int32", [0, 100, 255]),
+        ([0, 16, 4095], "uint16", [0, 0, 255]),
+        ([0, 2048, 4080], "uint16", [0, 127, 254]),
+        ([0, 257, 65535], "uint16", [0, 1, 255]),
+        ([0, 257, 65535], "int32", [0, 1, 255]),
+        ([0, 1 << 30, (1 << 31) - 1], "int32", [0, 127, 255]),
+    ],
+)
+def test_more_than_eight_bits_are_scaled_by_their_range(values, kind, seen):
+    image = Image.fromarray(np.array([values], dtype=kind))
+    assert np.asarray(to_mode(image, 1)).tolist() == [seen]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([-1, 0.5], "float32"),
+        ([0, 300], "float32"),
+        ([0, float("nan")], "float32"),
+        ([-5], "int32"),
+    ],
+)
+def test_values_without_a_white_are_refused_and_the_file_named(tmp_path, values, kind):
+    folder = make_images(tmp_path, ["all"], 3) / "all"
+    image = Image.fromarray(np.array([values], dtype=kind))
+    with pytest.raises(NoBrightnessError, match="of which none is known to be white"):
+        to_mode(image, 1)
+    image.save(folder / "001.tif")
+    data = open_data(str(folder))
+    view = EvalTransform(InputSpec(image_size=(8, 8)))
+    whole = ImageDataset(data.train, view)
+    broken = [i for i in range(len(data.train)) if data.train.name(i).endswith("001.tif")]
+    with pytest.raises(DeryError, match=rf"cannot use the image .*/001\.tif: mode {image.mode} "):
+        whole[broken[0]]
+    terminal = Terminal(quiet=True)
+    assert len(open_checked(terminal, str(folder), skip_bad=True).train) == len(data.train) - 1
+    assert "left out 1 broken image: " in terminal.warnings[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -301,8 +302,63 @@ def test_an_image_elsewhere_is_not_fetched():
     rows = {"image": [{"bytes": None, "path": "https://example.org/0.png"}]}
     features = datasets.Features({"image": datasets.Image(decode=False)})
     split = HuggingFaceSplit(datasets.Dataset.from_dict(rows, features), "image", None, "birds")
-    with pytest.raises(DeryError, match=r"image 0 of birds .*No such file"):
+    with pytest.raises(DeryError, match=r"image 0 of birds .*is not in the data set"):
         read_image(split, 0)
+
+
+def test_rows_name_files_of_the_data_set_alone(tmp_path):
+    (tmp_path / "elsewhere.png").write_bytes(picture(9))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "in.png").write_bytes(picture(7))
+    os.mkfifo(folder / "pipe.png")
+    paths = ["in.png", str(folder / "in.png"), "../elsewhere.png"]
+    paths += [str(tmp_path / "elsewhere.png"), "/dev/zero", "pipe.png", "none.png"]
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(sys.modules["pyarrow"].table({"file": paths}), folder / "train.parquet")
+    split = data.split(f"{folder}?image=file", "train")
+    assert [read_image(split, index).getpixel((0, 0))[0] for index in (0, 1)] == [7, 7]
+    reasons = ["is not in the data set"] * 3 + ["pipe.png is no file", "No such file"]
+    for index, reason in enumerate(reasons, start=2):
+        with pytest.raises(DeryError, match=f"cannot read the image {index} of .*{reason}"):
+            read_image(split, index)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [[0], [1], [2]]])
+def test_labels_of_other_types(tmp_path, values):
+    kind = datasets.Value("float32")
+    kind = [datasets.Value("int64")] if isinstance(values[0], list) else kind
+    spec = str(parquet(tmp_path / "set", train=table(values, features={"label": kind})))
+    assert data.classes(spec) == ["0", "1", "2"]
+    assert data.split(spec, "train").labels == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "reason"),
+    [
+        ([0.5, 1.0], datasets.Value("float32"), "the column 'label' holds 0.5, which is no class"),
+        ([float("nan"), 1.0], datasets.Value("float64"), "the column 'label' holds nan"),
+        ([[0, 1], [1]], [datasets.Value("int64")], "the column 'label' holds more than one class"),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(tmp_path, values, kind, reason):
+    spec = str(parquet(tmp_path / "set", train=table(values, features={"label": kind})))
+    with pytest.raises(UsageError, match=reason) as caught:
+        data.classes(spec)
+    assert f"--data 'hf:{spec}?label='" in caught.value.hint
+    assert data.classes(f"{spec}?label=") is None
+
+
+def test_columns_that_hold_no_images_are_neither_read_nor_advised(tmp_path):
+    rows = {"pixels": [np.zeros((8, 8, 3)).tolist()] * 10, "label": [0, 1] * 5}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    spec = f"hf:{tmp_path / 'set'}"
+    with pytest.raises(UsageError, match="has no image column") as caught:
+        open_data(spec)
+    assert caught.value.hint == "its columns are pixels, label"
+    for column in ("pixels", "label"):
+        with pytest.raises(UsageError, match=f"the column '{column}' holds no images"):
+            open_data(f"{spec}?image={column}")
 
 
 class Birds(datasets.GeneratorBasedBuilder):

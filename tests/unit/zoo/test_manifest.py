@@ -46,7 +46,7 @@ def write(tmp_path, text):
         ),
         (
             '[[model]]\nspec = "a/b"\nimage_size = 0\n',
-            "line 3, model[0].image_size: expected a side in pixels, got 0",
+            "line 3, model[0].image_size: expected a side of 1 to 4096 pixels, got 0",
         ),
         ('[[model]]\nspec = "a/b"\nsha256 = "12ab"\n', "line 3, model[0].sha256: expected 64"),
         (
@@ -161,3 +161,10 @@ def test_weights_that_must_be_fetched_by_hand(tmp_path):
     assert "no such weights file" in outcome.json["warnings"][0]
     assert "fetch it from https://dl.fbaipublicfiles.com/moco" in outcome.json["warnings"][0]
     assert run_dery("zoo", "list", "--json", cwd=tmp_path).json["result"]["donors"]
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    path = tmp_path / "m.toml"
+    path.write_bytes(b'\xef\xbb\xbf[[model]]\nspec = "a/b"\nweights_key = "ema"\n')
+    (entry,) = read_manifest(path)
+    assert (entry.spec, entry.weights_key) == ("a/b", "ema")

@@ -382,7 +382,7 @@ def test_models_without_a_cut_say_so_and_serve_whole() -> None:
 
 def test_errors_name_the_model_and_the_reason() -> None:
     model = small("test_vit")
-    with pytest.raises(DissectError, match=r"VisionTransformer does not run.*\(1, 3, 50, 50\)"):
+    with pytest.raises(DissectError, match=r"VisionTransformer cannot be traced.*\(1, 3, 50, 50\)"):
         dissect(model, torch.empty(1, 3, 50, 50))
     found = dissect(small("test_resnet"), torch.empty(1, 3, 64, 64))
     with pytest.raises(ValueError, match="no block between nodes 2 and 1"):

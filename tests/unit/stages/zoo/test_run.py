@@ -30,8 +30,14 @@ def test_the_failure_is_the_users_only_where_all_are():
     ("options", "message"),
     [
         ({}, "nothing to add"),
-        ({"specs": ("demo/a", "demo/b"), "name": "c"}, "--as and --weights go with a single SPEC"),
-        ({"manifest": "demo", "name": "c"}, "--as and --weights go with a single SPEC"),
+        (
+            {"specs": ("demo/a", "demo/b"), "name": "c"},
+            "--as, --weights, --license, --task and --source go with a single SPEC",
+        ),
+        (
+            {"manifest": "demo", "name": "c"},
+            "--as, --weights, --license, --task and --source go with a single SPEC",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
