@@ -69,7 +69,15 @@ def activation_peak(module: nn.Module, shape: tuple[int, ...], batch_size: int) 
         shape: Of the input for one image.
         batch_size: Images.
     """
-    return peak_on_meta(meta_copy(module).eval().requires_grad_(False), shape, batch_size)
+    try:
+        return peak_on_meta(meta_copy(module).eval().requires_grad_(False), shape, batch_size)
+    except Exception:
+        if not has_numbers(module):
+            raise
+    known = [*module.parameters(), *module.buffers()]
+    with torch.inference_mode(), PeakBytes(known) as peak:
+        run_copy(module, (batch_size, *shape), torch.float32)
+    return max(0, peak.peak - sum(tensor.nbytes for tensor in known))  # those of the copy
 
 
 def peak_on_meta(twin: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:
@@ -82,14 +90,5 @@ def peak_on_meta(twin: nn.Module, shape: tuple[int, ...], batch_size: int) -> in
     """
     x = torch.empty((batch_size, *shape), device="meta")
     with torch.inference_mode(), PeakBytes([x, *twin.parameters(), *twin.buffers()]) as peak:
-        try:
-            twin(x)
-        except Exception:
-            if not has_numbers(module):
-                raise
-        else:
-            return int(peak.peak + x.nbytes)
-    known = [*module.parameters(), *module.buffers()]
-    with torch.inference_mode(), PeakBytes(known) as peak:
-        run_copy(module, (batch_size, *shape), x.dtype)
-    return max(0, int(peak.peak) - sum(tensor.nbytes for tensor in known))  # those of the copy
+        twin(x)
+    return int(peak.peak + x.nbytes)

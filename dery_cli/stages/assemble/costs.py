@@ -7,6 +7,7 @@ is that of the weights plus the largest activation peak of any single block, on 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -344,16 +345,25 @@ class MemoryTable:
     def _block(self, ref: BlockRef, last: bool) -> tuple[int, int]:
         key = (ref.donor, ref.start, ref.stop, last)
         if key not in self._blocks:
-            if ref.donor not in self._twins:
-                self._twins[ref.donor] = self._donors[ref.donor].on_meta()
-            nodes = self._zoo[ref.donor].anatomy.nodes
-            with torch.device("meta"):
-                module = self._twins[ref.donor].block(ref.start, ref.stop).eval()
-                if last:
-                    module = _ended(module, nodes[ref.stop], self._num_classes)
-            peak = peak_on_meta(module, tuple(nodes[ref.start].shape), self._batch_size)
-            self._blocks[key] = (weight_bytes(module), peak)
+            self._blocks[key] = self._counted(ref, last)
         return self._blocks[key]
+
+    def _counted(self, ref: BlockRef, last: bool) -> tuple[int, int]:
+        """Weights and peak, on the ``meta`` device where the donor runs there: no copy then."""
+        donor = self._donors[ref.donor]
+        shape = tuple(self._zoo[ref.donor].anatomy.nodes[ref.start].shape)
+        if ref.donor not in self._twins:
+            self._twins[ref.donor] = donor.on_meta()
+        with contextlib.suppress(Exception), torch.device("meta"):
+            twin = self._module(self._twins[ref.donor], ref, last)
+            return weight_bytes(twin), peak_on_meta(twin, shape, self._batch_size)
+        module = self._module(donor, ref, last)
+        return weight_bytes(module), activation_peak(module, shape, self._batch_size)
+
+    def _module(self, donor: Dissection, ref: BlockRef, last: bool) -> nn.Module:
+        block = donor.block(ref.start, ref.stop).eval()
+        node = self._zoo[ref.donor].anatomy.nodes[ref.stop]
+        return _ended(block, node, self._num_classes) if last else block
 
     def weights(self, ref: BlockRef, *, last: bool) -> int:
         """Of a block, the head included where it is the last."""
