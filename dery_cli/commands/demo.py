@@ -32,7 +32,7 @@ def demo(
         str, typer.Option("--max-params", metavar="SIZE", help="Budget of the assembly.")
     ] = DemoConfig.max_params,
     steps: Annotated[
-        int, typer.Option("--steps", help="Updates of each of the three fine-tunings.")
+        int, typer.Option("--steps", help="Updates of each fine-tuning.")
     ] = DemoConfig.steps,
     workspace: WorkspaceOption = None,
     seed: SeedOption = 0,
@@ -42,8 +42,9 @@ def demo(
 
     The donors learnt pictures of clothes; the target is 300 labelled handwritten digits, with 1,497
     held out. Runs the six commands in one process, in a new temporary folder unless --workspace
-    names one, and compares the assembly with the best whole donor under the same budget and with
-    its own architecture from scratch.
+    names one, and compares the assembly, under the same budget and with the same labels and
+    updates, with the best whole donor (plain, and cut and stitched to itself), with the best slice
+    of one donor, and with its own architecture from scratch.
     """
     config = DemoConfig(max_params=max_params, steps=steps, seed=seed, device=device)
     folder = workspace or Path(tempfile.mkdtemp(prefix="dery-demo-"))

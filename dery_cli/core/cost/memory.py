@@ -77,7 +77,7 @@ def activation_peak(module: nn.Module, shape: tuple[int, ...], batch_size: int) 
     known = [*module.parameters(), *module.buffers()]
     with torch.inference_mode(), PeakBytes(known) as peak:
         run_copy(module, (batch_size, *shape), torch.float32)
-    return max(0, peak.peak - sum(tensor.nbytes for tensor in known))  # those of the copy
+    return int(max(0, peak.peak - sum(tensor.nbytes for tensor in known)))  # those of the copy
 
 
 def peak_on_meta(twin: nn.Module, shape: tuple[int, ...], batch_size: int) -> int:

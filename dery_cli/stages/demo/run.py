@@ -15,6 +15,10 @@ from typing import Any
 from dery_cli.runtime.terminal import Terminal, use_terminal
 from dery_cli.stages.demo.config import DemoConfig
 
+WHOLE = "best whole donor"
+BUILT_ANEW = {"the same with an adapter": "adapter", "best slice": "slice"}
+"""Controls that are assemblies of their own, and their names: same labels, updates and options."""
+
 RunLine = Callable[[Sequence[str]], Any]
 """Runs ``dery WORDS`` and gives its result."""
 
@@ -49,8 +53,8 @@ class Demo:
     Args:
         budget: As ``assemble`` says it.
         commands: The lines that were run.
-        rows: The assembly, the best whole donor within the budget if there is one, and the
-            assembly's architecture from scratch.
+        rows: The assembly, its controls (the best whole donor within the budget, if there is one,
+            plain and with an adapter, the best slice), and its architecture from scratch.
         seconds: In all.
     """
 
@@ -70,10 +74,15 @@ def run_demo(terminal: Terminal, folder: Path, config: DemoConfig, run_line: Run
     run("partition")
     assembled = run(f"assemble --max-params {config.max_params}")
     rows = [run.tune("assembly", "--name assembly")]
-    whole = next((r for r in assembled["comparison"] if r["role"] == "best whole donor"), None)
-    if whole is not None:
+    compared = {row["role"]: row for row in assembled["comparison"]}
+    if whole := compared.get(WHOLE):
         donor = whole["blocks"][0][0]
-        rows.append(run.tune(whole["role"], f"--donor {donor} --data demo:"))
+        rows.append(run.tune(WHOLE, f"--donor {donor} --data demo:"))
+    for role, name in BUILT_ANEW.items():
+        if control := compared.get(role):
+            network = shlex.quote(control["network"])
+            run(f"assemble --max-params {config.max_params} --blocks {network} --name {name}")
+            rows.append(run.tune(role, f"--assembly {name}"))
     rows.append(run.tune("from scratch", "--scratch --name scratch"))
     return Demo(
         budget=assembled["budget"],

@@ -14,7 +14,7 @@ from dery_cli.stages.demo.config import DemoConfig
 from dery_cli.stages.demo.run import run_demo
 
 TUNED = {
-    "start": "whole b",
+    "start": "b[0:2]",
     "params": 7,
     "flops": 9,
     "test_top1_before": 0.5,
@@ -37,6 +37,8 @@ class Recorder:
         comparison = [{"role": "picked", "blocks": [["a", 0, 1], ["b", 1, 2]]}]
         if self.whole:
             comparison.append({"role": "best whole donor", "blocks": [["b", 0, 2]]})
+            adapted = {"role": "the same with an adapter", "network": "b[0:1] ~ b[1:2]"}
+            comparison.append(adapted)
         return {"budget": "at most 300.00k params", "comparison": comparison}
 
 
@@ -58,11 +60,15 @@ def test_the_commands_in_their_order():
         "assemble --max-params 300k --workspace ws --quiet",
         "finetune --steps 5 --name assembly --workspace ws --quiet",
         "finetune --steps 5 --donor b --data demo: --workspace ws --quiet",
+        "assemble --max-params 300k --blocks b[0:1] ~ b[1:2] --name adapter --workspace ws --quiet",
+        "finetune --steps 5 --assembly adapter --workspace ws --quiet",
         "finetune --steps 5 --scratch --name scratch --workspace ws --quiet",
     ]
     assert found.commands[2] == "dery sim --workspace ws"  # as they may be typed again
     assert found.budget == "at most 300.00k params"
-    assert [row.role for row in found.rows] == ["assembly", "best whole donor", "from scratch"]
+    assert [row.role for row in found.rows] == [
+        "assembly", "best whole donor", "the same with an adapter", "from scratch",
+    ]  # fmt: skip
     assert (found.rows[0].params, found.rows[0].top1_finetuned) == (7, 0.75)
 
 
