@@ -15,6 +15,7 @@ import json
 import tempfile
 
 from dery_cli.cli import run
+from dery_cli.stages.demo.run import BUILT_ANEW
 
 
 def dery(*words: str) -> dict:
@@ -49,9 +50,15 @@ def main() -> None:
             "best whole donor": ["--donor", whole["blocks"][0][0], "--data", "demo"],
             "from scratch": ["--scratch"],
         }
+        for role, name in BUILT_ANEW.items():
+            control = next((r for r in picked["comparison"] if r["role"] == role), None)
+            if control is not None:
+                limit = ("--max-params", args.max_params)
+                dery("assemble", *limit, "--blocks", control["network"], "--name", name, *space)
+                starts[role] = ["--assembly", name]
         print(f"assembly: {picked['name']}, {picked['params']:,} params")
         print(f"best whole donor: {whole['network']}, {whole['params']:,} params")
-        print(f"{'start':<18}{'lr':>8}{'mean':>9}{'least':>9}{'most':>9}{'over whole':>12}")
+        print(f"{'start':<26}{'lr':>8}{'mean':>9}{'least':>9}{'most':>9}{'over whole':>12}")
         for lr in args.lr:
             means = {}
             for name, words in starts.items():
@@ -79,7 +86,7 @@ def main() -> None:
             reference = means["best whole donor"][0]
             for name, (mean, least, most) in means.items():
                 print(
-                    f"{name:<18}{lr:>8}{mean:9.4f}{least:9.4f}{most:9.4f}{mean - reference:+12.4f}"
+                    f"{name:<26}{lr:>8}{mean:9.4f}{least:9.4f}{most:9.4f}{mean - reference:+12.4f}"
                 )
 
 

@@ -1,9 +1,9 @@
-"""What the last round of ``dery assemble`` adds: the pick's accuracy on test images, untrained.
+"""What ``dery assemble`` picks, beside its controls: accuracy on test images, untrained.
 
-Reference: the pick that the proxy alone would make (``--finalists 0``) under the same budget, and
-the best whole donor.
+Reference: the controls under the same budget, with the same labels and the same trial, and the pick
+of the paper's space (``--space paper``).
 
-    python tests/bench/bench_pick.py [--data demo] [--budgets 300k 400k 600k 900k 1500k]
+    python tests/bench/bench_pick.py [--data demo] [--budgets 100k 400k 900k] [--seeds 3]
     python tests/bench/bench_pick.py --zoo "--manifest lite --image-size 96" --budgets 5M --data DIR
 """
 
@@ -15,7 +15,8 @@ import tempfile
 
 from bench_demo import dery
 
-BUDGETS = ("400k", "900k")
+BUDGETS = ("100k", "400k")
+CONTROLS = ("best whole donor", "the same with an adapter", "best slice", "random path")
 
 
 def main() -> None:
@@ -24,27 +25,37 @@ def main() -> None:
     parser.add_argument("--zoo", default="--manifest demo", help="options of dery zoo add")
     parser.add_argument("--assemble", default="", help="more options of dery assemble")
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
+    parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
-    columns = ("best whole", "by proxy", "last round")
-    totals = dict.fromkeys(columns, 0.0)
+    columns = ("pick", *CONTROLS, "paper's pick")
+    found: dict[str, list[float]] = {name: [] for name in columns}
     with tempfile.TemporaryDirectory() as folder:
         space = ["--workspace", folder]
         dery("zoo", "add", *shlex.split(args.zoo), *space)
         dery("embed", "--data", args.data, *space)
         dery("sim", *space)
         dery("partition", *space)
-        print(f"{'budget':<8}" + "".join(f"{name:>12}" for name in columns))
+        print(
+            f"{'budget':<8}{'seed':>5}" + "".join(f"{name:>26}" for name in columns) + "  network"
+        )
         for budget in args.budgets:
-            limit = ["--max-params", budget, *shlex.split(args.assemble), *space]
-            proxy = dery("assemble", *limit, "--finalists", "0")
-            tried = dery("assemble", *limit)
-            whole = next(r for r in tried["comparison"] if r["role"] == "best whole donor")
-            row = (whole["test_top1"], proxy["test_top1"], tried["test_top1"])
-            print(f"{budget:<8}" + "".join(f"{value:>12.4f}" for value in row), flush=True)
-            for name, value in zip(columns, row, strict=True):
-                totals[name] += value / len(args.budgets)
-    print(f"{'mean':<8}" + "".join(f"{value:>12.4f}" for value in totals.values()))
-    print(f"last round over proxy {totals['last round'] - totals['by proxy']:+.4f}")
+            for seed in range(args.seeds):
+                line = ["--max-params", budget, "--seed", str(seed), *shlex.split(args.assemble)]
+                picked = dery("assemble", *line, *space)
+                tops = {row["role"]: row["test_top1"] for row in picked["comparison"]}
+                tops["pick"] = picked["test_top1"]
+                try:
+                    paper = dery("assemble", *line, "--space", "paper", *space)
+                    tops["paper's pick"] = paper["test_top1"]
+                except SystemExit:  # nothing of that space fits
+                    pass
+                cells = [f"{tops[n]:>26.4f}" if n in tops else f"{'-':>26}" for n in columns]
+                print(f"{budget:<8}{seed:>5}" + "".join(cells) + f"  {picked['name']}", flush=True)
+                for name in columns:
+                    found[name] += [tops[name]] if name in tops else []
+    for name, values in found.items():
+        if values:
+            print(f"{name}: mean {sum(values) / len(values):.4f} of {len(values)}")
 
 
 if __name__ == "__main__":
