@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DERY_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_act() -> None:
+    """Ctrl-C acts, in children too, though a background job or a CI runner ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import os
 import pathlib
 import pickle
 import re
@@ -112,11 +113,13 @@ def _load(path: Path) -> object:
     """Whatever the file holds."""
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head, size = file.read(64), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DeryError(f"cannot read {path}: {error.strerror}") from error
+    # a header of 128 bytes begins as a pickle does, but no pickle has its length in front
+    whole = head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= size
     packed = head.startswith((b"PK\x03\x04", b"\x80"))
-    if not packed and (head[8:9] == b"{" or path.suffix == ".safetensors"):
+    if whole or (not packed and (head[8:9] == b"{" or path.suffix == ".safetensors")):
         return _load_safetensors(path, head)
     _refuse_other_files(path, head)
     try:

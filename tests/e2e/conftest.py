@@ -24,7 +24,7 @@ STAGES = {
     "sim": "sim",
     "partition": "partition -K 3 --eps 0.5",
     "assemble": "assemble --max-params 700k --effort 6",
-    "finetune": "finetune --steps 8 --valid-fraction 0.2",
+    "finetune": "finetune --steps 8",
     "eval": "eval",
 }
 

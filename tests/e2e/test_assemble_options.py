@@ -107,7 +107,7 @@ def test_several_assemblies_are_kept(copied, tmp_path, name):
     assert copied("assemble", "--effort", "1", "--name", name).code == 0
     record = json.loads((tmp_path / "ws" / "assemblies" / name / "assembly.json").read_text())
     assert record["data"]["network"]["blocks"]
-    card = (tmp_path / "ws" / "assemblies" / name / "README.md").read_text()
+    card = (tmp_path / "ws" / "assemblies" / name / "README.md").read_text().replace("\\", "")
     for block in record["data"]["network"]["blocks"]:
         assert block["donor"] in card
         assert block["license"] in card

@@ -230,7 +230,7 @@ def test_k_larger_than_a_models_units(copied):
 
 def test_nothing_fits_exits_3_and_says_by_how_much(copied, tmp_path):
     before = snapshot(tmp_path / "ws")
-    outcome = copied("assemble", "--max-params", "2k", "--json")
+    outcome = copied("assemble", "--max-params", "100", "--json")
     assert outcome.code == 3
     error = outcome.json["error"]
     assert "params" in error["message"]

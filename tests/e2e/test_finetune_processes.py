@@ -49,8 +49,9 @@ def outcome(process, timeout=300):
     return process.returncode, json.loads(out), err
 
 
-def test_one_process_speaks_and_writes(ws):
-    line = "finetune --teacher best --steps 4 --report-every 2 --valid-fraction 0.2 --name two"
+def test_one_process_speaks_and_writes(ws, pipeline):
+    line = "finetune --teacher best --steps 4 --report-every 2 --valid-fraction 0.2 --name two "
+    line += f"--donor demo__resnext --data {pipeline.data}"
     code, told, err = outcome(start(ws, line))
     assert code == 0, err
     warning = "see only their own process's part of each batch"

@@ -358,4 +358,4 @@ def test_other_proxies_decide_otherwise(copied, proxy):
     result = outcome.json["result"]
     assert result["proxy"]["name"] == proxy
     if proxy == "params":
-        assert result["params"] == max(row["params"] for row in result["comparison"])
+        assert result["proxy"]["score"] == max(row["proxy"] for row in result["comparison"])

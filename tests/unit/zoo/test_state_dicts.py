@@ -375,3 +375,11 @@ def test_a_file_is_what_it_holds_whatever_it_is_called(tmp_path):
         for kind in ("tensors", "pickle"):
             found = read_checkpoint(tmp_path / f"{kind}.{suffix}").tensors
             assert torch.equal(found["conv.weight"], state["conv.weight"])
+
+
+@pytest.mark.parametrize("length", range(8, 1200, 8))
+def test_safetensors_are_known_whatever_the_length_of_their_header(tmp_path, length):
+    """One of 128 bytes begins with the byte that a pickle begins with."""
+    path = tmp_path / "x.bin"
+    save_file({"a": torch.ones(2)}, path, {"note": "x" * length})
+    assert torch.equal(read_checkpoint(path).tensors["a"], torch.ones(2))
