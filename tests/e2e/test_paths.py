@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import dery_cli
-from dery_cli.core.assembly.notation import parse_network
+from dery_cli.core.assembly.notation import merged, parse_network
 from dery_cli.core.cost.flops import count_flops, count_params
-from dery_cli.types import Donor
+from dery_cli.types import BlockRef, Donor
 from tests.conftest import run_dery
 from tests.e2e.conftest import snapshot
 
@@ -54,9 +54,7 @@ def test_whatever_is_printed_can_be_pasted(pipeline):
     for row in rows:
         refs = parse_network(row["network"], anatomies)
         pairs = zip(row["blocks"], row["adapters"], strict=True)
-        merged = [(*block, adapter) for block, adapter in pairs]
-        ours = [(r.donor, r.start, r.stop, r.adapter) for r in refs]
-        assert ours == merged or row["role"] == "best of the paper's space"
+        assert refs == merged([BlockRef(*block, adapter=adapter) for block, adapter in pairs])
 
 
 @pytest.mark.parametrize(
