@@ -109,7 +109,7 @@ def read_folder(
     if not found.classes:
         return None, FolderSplit(found.loose, None), None
     classes = tuple(found.classes)
-    _check_names(base, classes)
+    _check_count(base, classes)
     test = None
     if base != root:
         candidates = [folders[name] for name in _TEST_FOLDERS if name in folders]
@@ -140,7 +140,7 @@ def _list(folder: Path, passed: PassedOver) -> _Listing:
             classes.append((entry, place))
     for entry, place in classes:
         if images := list(_images(entry, place, passed, set(taken))):
-            found.classes[os.path.basename(entry)] = images
+            found.classes[_class_name(folder, os.path.basename(entry))] = images
         else:
             passed.empty(entry)
     return found
@@ -239,20 +239,27 @@ def _refuse_class(train: Path, beside: Sequence[Path]) -> None:
         )
 
 
-def _check_names(base: Path, classes: Sequence[str]) -> None:
+def _check_count(base: Path, classes: Sequence[str]) -> None:
     if len(classes) == 1:
         raise UsageError(
             f"only one class folder with images in {base}: {classes[0]}",
             "give two or more class folders, or images without class folders for unlabelled use",
         )
-    for name in classes:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"a class folder in {base} has a name that is not UTF-8: {os.fsencode(name)!r}",
-                "rename it",
-            ) from error
+
+
+def _class_name(base: Path, folder: str) -> str:
+    """A class's name: its folder's, which is UTF-8 whatever the locale says of file names.
+
+    Raises:
+        UsageError: It is not.
+    """
+    try:
+        return os.fsencode(folder).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"a class folder in {base} has a name that is not UTF-8: {os.fsencode(folder)!r}",
+            "rename it",
+        ) from error
 
 
 def _held_out(

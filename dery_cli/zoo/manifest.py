@@ -112,6 +112,8 @@ def read_manifest(path: Path, *, folder: Path | None = None) -> list[ManifestEnt
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path.name} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path.name} is no manifest: it is nested too deeply") from error
     reader = _Reader(path, text, path.parent if folder is None else folder)
     return reader.entries(document)
 

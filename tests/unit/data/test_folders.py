@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -232,3 +234,20 @@ def test_what_pillow_reads_is_read(tmp_path, suffix):
     train = read_folder(tmp_path)[1]
     assert len(train) == 3
     assert read_image(train, 1).size == image.size
+
+
+def test_class_names_are_the_same_in_every_locale(tmp_path):
+    make_images(tmp_path, ["Käse", "日本", "z"], 1)
+    script = (
+        "import sys; from pathlib import Path; from dery_cli.data.folders import read_folder; "
+        "print(ascii(read_folder(Path(sys.argv[1]))[0]))"
+    )
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ascii(("Käse", "z", "日本"))

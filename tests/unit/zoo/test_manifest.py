@@ -168,3 +168,9 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf[[model]]\nspec = "a/b"\nweights_key = "ema"\n')
     (entry,) = read_manifest(path)
     assert (entry.spec, entry.weights_key) == ("a/b", "ema")
+
+
+def test_a_manifest_that_nests_without_end(tmp_path):
+    (tmp_path / "m.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(UsageError, match=r"m\.toml is no"):
+        read_manifest(tmp_path / "m.toml")
