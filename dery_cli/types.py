@@ -294,6 +294,10 @@ class Donor:
         )
 
 
+MIN_IMAGES_TO_CHOOSE_ON = 1000
+"""With fewer labelled training images none are held out: the best of a few dozen is a lottery."""
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class BlockRef:
     """The stretch of ``donor`` between nodes ``start`` and ``stop``.

@@ -10,7 +10,7 @@ import typer
 
 from dery_cli.commands import _options as shared
 from dery_cli.training.recipe import BATCH_NORM, MODES, PRECISIONS, RECIPES
-from dery_cli.training.request import MIN_IMAGES_TO_CHOOSE_ON
+from dery_cli.types import MIN_IMAGES_TO_CHOOSE_ON
 
 START = "Start"
 DATA = "Data"
@@ -61,7 +61,8 @@ ValidFractionOption = Annotated[
         DATA,
         "--valid-fraction",
         help="Share of the training images the best weights are chosen on; 0 keeps the last. "
-        f"By default 0.2, and 0 below {MIN_IMAGES_TO_CHOOSE_ON} images.",
+        "By default what assemble kept apart: 0.2 of each class, nothing below "
+        f"{MIN_IMAGES_TO_CHOOSE_ON} images. For another share the assembly is fitted anew.",
     ),
 ]
 CropScaleOption = Annotated[

@@ -155,6 +155,15 @@ def assemble(
         list[str] | None,
         typer.Option("--require", metavar="PIECE", help="Have this piece in; may be repeated."),
     ] = None,
+    purpose: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="What the network is for: finetuned (where there are images enough, a part of "
+            "them is kept apart for finetune to choose on) or untrained (what is delivered is "
+            "fitted on all training images).",
+        ),
+    ] = AssembleConfig.purpose,
     effort: Annotated[
         float,
         typer.Option(
@@ -253,6 +262,7 @@ def assemble(
         end=end,
         require=tuple(require or ()),
         exclude=tuple(piece for piece in left_out if "[" in piece),
+        purpose=purpose,
         effort=effort,
         proxy=proxy,
         stitch=stitch,
@@ -318,7 +328,7 @@ def _tell(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Resu
             ["networks in the space", f"{found.networks:,}"],
             ["within the budget", f"about {found.within_budget:,}"],
             ["to build and score", f"{found.builds:,}"],
-            ["to cross-validate", f"{found.finalists:,}, and controls"],
+            ["to try", f"{found.finalists:,}, and controls"],
             ["multiply-adds", f"about {show_count(found.multiply_adds)}"],
             ["time on this machine", f"roughly {found.seconds / 60:,.1f} min"],
             ["disk", f"about {show_count(found.bytes)} bytes"],

@@ -8,9 +8,6 @@ import importlib.util
 from dery_cli.errors import UsageError
 from dery_cli.sizes import check_between, check_name
 
-MIN_IMAGES_TO_CHOOSE_ON = 1000
-"""With fewer training images none are held out: the best of a few dozen is a lottery."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneRequest:

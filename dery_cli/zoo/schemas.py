@@ -180,6 +180,12 @@ def _one_joint_a_block(value: Any) -> None:
         raise SchemaError("has a stitch in front of the first block")
 
 
+FITTED_ON = ("fit", "all")
+"""Whether a part of the training images was kept apart to choose on, or all were fitted on."""
+
+SPLIT = fields({"fraction": number(0, 1), "seed": integer(0), "digest": sha256})
+"""How a target's training images are divided, as ``data/samples.py`` does."""
+
 NETWORK = both(
     fields(
         {
@@ -209,6 +215,8 @@ def network_data(
         "flops": COUNT,
         "target": any_text,
         "target_skip_bad": boolean,
+        "split": SPLIT,
+        "fitted_on": one_of(*FITTED_ON),
     }
     return fields({**common, **required}, optional, more=more)
 
@@ -216,14 +224,14 @@ def network_data(
 # what whoever loads a network has to know; the stages that write these records know the rest
 ASSEMBLY = Kind(
     name="assembly",
-    version=3,
+    version=4,
     parents=("target",),
-    options=fields({"target_samples": integer(1)}, more=plain),
+    options=fields({"target_samples": integer(1), "fit_samples": integer(1)}, more=plain),
     data=network_data({"name": any_text}, more=plain),
 )
 RUN = Kind(
     name="run",
-    version=3,
+    version=4,
     parents=("network", "data"),
     options=fields({"valid_fraction": number(0, 1)}, more=plain),
     data=network_data({"start": any_text}, more=plain),

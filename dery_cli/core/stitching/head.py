@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.network import AssembledNetwork
-from dery_cli.core.stitching.probe import LinearClassifier, fit_classifier
+from dery_cli.core.stitching.probe import Judgement, LinearClassifier, fit_classifier
 from dery_cli.errors import DeryError
 
 
@@ -31,6 +31,7 @@ def fit_head(
     batches: Iterable[Tensor],
     labels: Sequence[int],
     num_classes: int,
+    chosen: Judgement | None = None,
 ) -> float:
     """Give a network without a head the closed-form one, in one pass over labelled images.
 
@@ -39,9 +40,11 @@ def fit_head(
         batches: Normalised images.
         labels: Their class indices, in order.
         num_classes: Of the head.
+        chosen: Penalty and temperature; None cross-validates them on these images, which is right
+            where their labels are not in the network's stitches.
 
     Returns:
-        The head's cross-validated accuracy on these images.
+        The head's cross-validated accuracy on these images, or that of ``chosen``.
 
     Raises:
         NotFiniteError: The network gives NaN or infinite pre-logits.
@@ -50,6 +53,6 @@ def fit_head(
     x_NC = network_outputs(network, batches)
     if not torch.isfinite(x_NC).all():
         raise NotFiniteError("the pre-logits are NaN or infinite")
-    classifier = fit_classifier(x_NC, torch.tensor(list(labels)), num_classes)
+    classifier = fit_classifier(x_NC, torch.tensor(list(labels)), num_classes, chosen=chosen)
     network.head = linear_head(classifier).to(next(network.parameters()).device)
     return classifier.accuracy

@@ -44,6 +44,22 @@ class HeldOut:
     asked_N: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What held-out samples say of a network, and of how its classifier should be fitted.
+
+    Args:
+        accuracy: Top-1 on the samples asked about, each by a map that was neither fitted on it
+            nor chosen with it.
+        penalty: Of the ridge regression, the best on all of them.
+        temperature: Factor of the logits, likewise.
+    """
+
+    accuracy: float
+    penalty: float
+    temperature: float
+
+
 def stratified_folds(label_N: Tensor, folds: int) -> Tensor:
     """A fold index a sample, round robin within each class: deterministic and balanced."""
     fold_N = torch.zeros(len(label_N), dtype=torch.int64)
@@ -55,29 +71,13 @@ def stratified_folds(label_N: Tensor, folds: int) -> Tensor:
     return fold_N
 
 
-def outside_folds(
-    x_NC: Tensor, label_N: Tensor, outside_N: Tensor, *, folds: int = 5
-) -> list[HeldOut]:
-    """Folds of the samples whose labels the network has not seen; the others are always fitted on.
-
-    Args:
-        x_NC: Features of all samples.
-        label_N: Their class indices.
-        outside_N: The samples that what made the features was not fitted on.
-        folds: Parts of those.
-    """
-    fold_N = torch.full((len(label_N),), -1)
-    fold_N[outside_N] = stratified_folds(label_N[outside_N], folds)
-    return [HeldOut(x_NC, fold_N == fold) for fold in range(folds)]
-
-
 def fit_classifier(
     x_NC: Tensor,
     label_N: Tensor,
     num_classes: int,
     *,
     folds: int = 5,
-    held_out: Sequence[HeldOut] | None = None,
+    chosen: Judgement | None = None,
 ) -> LinearClassifier:
     """Ridge regression to one-hot targets, penalty and temperature by cross-validation.
 
@@ -85,36 +85,83 @@ def fit_classifier(
     logits to the lowest cross-validated cross-entropy, which leaves fine-tuning a sane start.
 
     Where labels have gone into the features (stitches fitted with them), folds of the samples are
-    no judges: every sample is known. Then ``held_out`` says which samples were kept from what.
+    no judges: every sample is known. Then ``judge`` chooses, on networks that do not know them.
 
     Args:
         x_NC: Features.
         label_N: Class indices.
         num_classes: D.
         folds: Cross-validation folds, each with its share of every class.
-        held_out: In place of folds of ``x_NC``: ``outside_folds`` of a network that was fitted on
-            some of the samples, or the features by several networks, each made without a part.
-
-    Raises:
-        ValueError: ``held_out`` asks about no sample.
+        chosen: In place of folds of ``x_NC``: what samples that nothing was fitted on came to.
     """
     with few_threads(min(x_NC.shape)):
         label_N = label_N.cpu()
         z_NC, mean_C, scale_C = standardised(x_NC)
         target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
-        parts = _parts(z_NC, label_N, folds)
-        asked_N = torch.ones(len(label_N), dtype=torch.bool)
-        if held_out is not None:
-            parts = [HeldOut(standardised(part.x_NC)[0], part.asked_N.cpu()) for part in held_out]
-            asked_N = torch.stack([part.asked_N for part in parts]).any(0)
-            if not asked_N.any():
-                raise ValueError("no sample was held out from what made the features")
-        best, score_ND, accuracy = _chosen(parts, target_ND, asked_N)
-        temperature = best_temperature(score_ND, label_N[asked_N])
-        weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (RIDGE_PENALTIES[best],))[0]
-        weight_CD = temperature * weight_CD * scale_C[:, None]
-        bias_D = temperature * offset_D - mean_C @ weight_CD
-    return LinearClassifier(weight_CD, bias_D, accuracy)
+        if chosen is None:
+            score_PND = _held_out_scores(_parts(z_NC, label_N, folds), target_ND)
+            best = _best_penalty(score_PND, target_ND)
+            score_ND = score_PND[best]
+            chosen = Judgement(
+                accuracy=_accuracy(score_ND, label_N),
+                penalty=RIDGE_PENALTIES[best],
+                temperature=best_temperature(score_ND, label_N),
+            )
+        weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (chosen.penalty,))[0]
+        weight_CD = chosen.temperature * weight_CD * scale_C[:, None]
+        bias_D = chosen.temperature * offset_D - mean_C @ weight_CD
+    return LinearClassifier(weight_CD, bias_D, chosen.accuracy)
+
+
+def judge(parts: Sequence[HeldOut], label_N: Tensor, num_classes: int) -> Judgement:
+    """Choose penalty and temperature on samples that were kept from what made the features.
+
+    The accuracy is nested: the samples asked about are divided in halves of each class, and each
+    half is judged with the penalty that the other chooses. So it flatters neither by the labels in
+    the features nor by the choice.
+
+    Args:
+        parts: Features by one network or several, each made without the samples it is asked about;
+            no sample is asked about twice.
+        label_N: Class indices of all samples.
+        num_classes: D.
+
+    Raises:
+        ValueError: No sample is asked about.
+    """
+    label_N = label_N.cpu()
+    asked_N = torch.stack([part.asked_N.cpu() for part in parts]).any(0)
+    if not asked_N.any():
+        raise ValueError("no sample was held out from what made the features")
+    target_ND = torch.nn.functional.one_hot(label_N, num_classes).double()
+    with few_threads(min(parts[0].x_NC.shape)):
+        scaled = [_scaled_by_the_others(part) for part in parts]
+        score_PND = _held_out_scores(scaled, target_ND)[:, asked_N]
+        wanted_ND, asked_label_N = target_ND[asked_N], label_N[asked_N]
+        best = _best_penalty(score_PND, wanted_ND)
+        hits = 0.0
+        half_N = stratified_folds(asked_label_N, 2)
+        for half in range(2):
+            inside_N = half_N == half
+            if inside_N.any():
+                others_N = ~inside_N if (~inside_N).any() else inside_N
+                chosen = _best_penalty(score_PND[:, others_N], wanted_ND[others_N])
+                hits += _accuracy(score_PND[chosen, inside_N], asked_label_N[inside_N]) * float(
+                    inside_N.sum()
+                )
+        return Judgement(
+            accuracy=hits / len(asked_label_N),
+            penalty=RIDGE_PENALTIES[best],
+            temperature=best_temperature(score_PND[best], asked_label_N),
+        )
+
+
+def _scaled_by_the_others(part: HeldOut) -> HeldOut:
+    """Channels standardised by the samples that a map is fitted on."""
+    asked_N = part.asked_N.cpu()
+    known_N = ~asked_N if (~asked_N).any() else asked_N
+    _, mean_C, scale_C = standardised(part.x_NC[known_N])
+    return HeldOut((part.x_NC.double().cpu() - mean_C) * scale_C, asked_N)
 
 
 def _parts(z_NC: Tensor, label_N: Tensor, folds: int) -> list[HeldOut]:
@@ -122,19 +169,17 @@ def _parts(z_NC: Tensor, label_N: Tensor, folds: int) -> list[HeldOut]:
     return [HeldOut(z_NC, fold_N == fold) for fold in range(folds)]
 
 
-def _chosen(
-    parts: Sequence[HeldOut], target_ND: Tensor, asked_N: Tensor
-) -> tuple[int, Tensor, float]:
-    """The best penalty's number, its scores of the samples asked about, and its accuracy there."""
-    wanted_ND = target_ND[asked_N]
-    score_PND = _held_out_scores(parts, target_ND)[:, asked_N]
-    hits_P = (score_PND.argmax(-1) == wanted_ND.argmax(-1)).double().mean(-1)
-    loss_P = (score_PND - wanted_ND).square().mean((-1, -2))
-    # most accurate first; among equals the smallest squared error
-    best = min(
+def _best_penalty(score_PND: Tensor, target_ND: Tensor) -> int:
+    """The number of the most accurate penalty; among equals, of the smallest squared error."""
+    hits_P = (score_PND.argmax(-1) == target_ND.argmax(-1)).double().mean(-1)
+    loss_P = (score_PND - target_ND).square().mean((-1, -2))
+    return min(
         range(len(RIDGE_PENALTIES)), key=lambda p: (-round(float(hits_P[p]), 9), float(loss_P[p]))
     )
-    return best, score_PND[best], float(hits_P[best])
+
+
+def _accuracy(score_ND: Tensor, label_N: Tensor) -> float:
+    return float((score_ND.argmax(-1) == label_N).double().mean())
 
 
 def standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from dery_cli.core.assembly.notation import format_network, merged
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.joint_r2 import joint_score
+from dery_cli.core.stitching.probe import Judgement
 from dery_cli.types import BlockRef
 
 Proof = dict[str, Any]
@@ -64,14 +65,19 @@ class Scored:
         candidate: What was built.
         proxy: Its proxy's score; minus infinity where it gave none.
         fits: Of the stitches.
-        held_out: Cross-validated accuracy: of the complete network, on target images that it was
-            not fitted on; None where it was not asked for.
+        trial: What target images that the complete network was not fitted on say of it; None
+            where it was not tried.
     """
 
     candidate: Candidate
     proxy: float
     fits: tuple[StitchFit | None, ...]
-    held_out: float | None = None
+    trial: Judgement | None = None
+
+    @property
+    def held_out(self) -> float | None:
+        """Accuracy in the trial; None where there was none."""
+        return None if self.trial is None else self.trial.accuracy
 
     @property
     def r2(self) -> float | None:
@@ -99,7 +105,7 @@ class Scored:
 
 
 def ranked(scored: Sequence[Scored]) -> list[Scored]:
-    """Those with a cross-validated accuracy by it, then the others by proxy.
+    """Those that were tried by their accuracy there, then the others by proxy.
 
     Ties go to the better proxy, then to the smaller network, then to the first by name.
     """

@@ -11,7 +11,6 @@ import numpy as np
 from dery_cli.core.assembly.frontier import random_feasible
 from dery_cli.errors import DeryError
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.stages.assemble.build import FOLDS
 from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, unique
 from dery_cli.stages.assemble.memo import Memo
 from dery_cli.stages.assemble.setting import SearchSpace, Setting
@@ -31,7 +30,7 @@ class Choice:
     Args:
         scored: All that was built.
         compared: The pick, then the controls, each with its role.
-        tried: How many were cross-validated.
+        tried: How many were tried on images that they were not fitted on.
     """
 
     scored: list[Scored]
@@ -81,16 +80,19 @@ class Chooser:
         return found
 
     def try_out(self, entries: Sequence[Scored]) -> list[Scored]:
-        """The same with their cross-validated accuracy."""
-        known = {e.candidate.key: self._memo.held_out(e.candidate) for e in entries}
+        """The same with what their trials came to."""
+        known = {e.candidate.key: self._memo.trial(e.candidate) for e in entries}
         missing = [e.candidate for e in entries if known[e.candidate.key] is None]
         if missing:
-            with self._terminal.progress("cross-validating the best", FOLDS * len(missing)) as bar:
-                values = self._setting.builder.cross_validate(missing, bar.advance)
+            builder = self._setting.builder
+            with self._terminal.progress(
+                "trying the best", builder.trial_builds * len(missing)
+            ) as bar:
+                values = builder.try_out(missing, bar.advance)
             for candidate, value in zip(missing, values, strict=True):
-                self._memo.keep_held_out(candidate, value)
+                self._memo.keep_trial(candidate, value)
                 known[candidate.key] = value
-        return [dataclasses.replace(e, held_out=known[e.candidate.key]) for e in entries]
+        return [dataclasses.replace(e, trial=known[e.candidate.key]) for e in entries]
 
     def choose(
         self,
@@ -102,13 +104,13 @@ class Chooser:
     ) -> Choice:
         """The pick and its controls.
 
-        The proxy ranks; where the target has labels, the best by it and all controls are
-        cross-validated as they would be delivered, which decides.
+        The proxy ranks; where the target has labels, the best by it and all controls are tried as
+        they would be delivered, on images that they were not fitted on, which decides.
 
         Args:
             candidates: To build.
             controls: To compare with; a control that wins the trial is the pick.
-            num_finalists: Best by proxy that are cross-validated.
+            num_finalists: Best by proxy that are tried.
             forced: Pick the first candidate, whatever the others come to.
 
         Raises:
@@ -128,7 +130,7 @@ class Chooser:
             for entry in self.score(missing, "building controls"):
                 built[entry.candidate.key] = entry
         tried = 0
-        if num_finalists and self._setting.builder.can_cross_validate:
+        if num_finalists and self._setting.builder.can_try:
             last = [*finalists(scored, num_finalists), largest, *(built[c.key] for c in others)]
             last = list({entry.candidate.key: entry for entry in last}.values())
             built.update({e.candidate.key: e for e in self.try_out(last)})
@@ -159,7 +161,7 @@ def whole_controls(setting: Setting, scored: Sequence[Scored]) -> list[Control]:
     best = pick(wholes).candidate
     ref = best.refs[0]
     controls = [Control(role=WHOLE, candidates=[best, setting.priced((ref,), reestimated=True)])]
-    if setting.builder.can_cross_validate:
+    if setting.builder.can_try:
         places = sorted({round(ref.stop * k / (ADAPTERS + 1)) for k in range(1, ADAPTERS + 1)})
         adapted = [
             setting.priced(

@@ -173,6 +173,9 @@ MOST_STITCHES = 8
 
 LEAST_EFFORT, MOST_EFFORT = 0.01, 10_000
 
+PURPOSES = ("finetuned", "untrained")
+"""What is delivered for: a start to fine-tune from, or a network that is used as it is."""
+
 SPACES = ("free", "paper")
 """Every path through the donors, or one block a stage and a set of the partition."""
 
@@ -205,6 +208,7 @@ class AssembleConfig:
         end: Piece that it ends with.
         require: Pieces that it has.
         exclude: Pieces that it has not, ``a[0:4]``; whole donors are in ``donors``.
+        purpose: One of ``PURPOSES``; ``untrained`` fits what is delivered on all training images.
         effort: Work of building and trying, in passes of all donors over the target's images.
         require_optimal: Fail where the program's optimum is not proven in ``max_seconds``.
     """
@@ -219,6 +223,7 @@ class AssembleConfig:
     end: str | None = None
     require: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    purpose: str = "finetuned"
     effort: float = 8.0
     latency_batch: int = 1
     memory_batch: int = 1
@@ -240,6 +245,7 @@ class AssembleConfig:
     def __post_init__(self) -> None:
         check_name(self.name, "assembly")
         check_one_of("--space", self.space, SPACES)
+        check_one_of("--for", self.purpose, PURPOSES)
         check_between("--max-stitches", self.max_stitches, 0, MOST_STITCHES)
         check_between("--effort", self.effort, LEAST_EFFORT, MOST_EFFORT)
         self._check_pins()
@@ -293,6 +299,7 @@ class AssembleConfig:
             "end": self.end,
             "require": list(self.require),
             "exclude": list(self.exclude),
+            "for": self.purpose,
             "effort": self.effort,
             "latency_batch": self.latency_batch,
             "memory_batch": self.memory_batch,

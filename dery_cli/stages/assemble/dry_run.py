@@ -30,7 +30,7 @@ class DryRun:
         networks: In the space, whatever they cost.
         within_budget: Of them, about: as many as of networks drawn by the seed.
         builds: Candidates that would be built and scored.
-        finalists: Of them, that would be cross-validated.
+        finalists: Of them, that would be tried.
         multiply_adds: Of all that, and of one pass of the donors over the target's images; about.
         seconds: At the speed of one donor on this machine, just timed; rough.
         bytes: On disk, about.

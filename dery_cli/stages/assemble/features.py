@@ -23,6 +23,7 @@ from dery_cli.core.stitching.joint_logits import (
 )
 from dery_cli.core.stitching.pseudo_labels import pseudo_labels
 from dery_cli.data.batches import ImageStore
+from dery_cli.data.target import Target
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.io.records import Artifact
@@ -38,7 +39,6 @@ from dery_cli.stages.assemble.features_store import (
     pseudo_artifact,
     target_name,
 )
-from dery_cli.stages.assemble.target import Target
 from dery_cli.types import Donor
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dery_cli.core.stitching.joint_logits import NodeProbe
+from dery_cli.data.target import Target
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace, open_unchanged, unchanged, write_record
 from dery_cli.io.journal import transaction
@@ -29,7 +30,6 @@ from dery_cli.io.look import Opened
 from dery_cli.io.records import Artifact, Kind, json_sha256
 from dery_cli.io.row_stream import LazyRows
 from dery_cli.io.schema import any_text, boolean, fields, integer, list_of, number, plain_name, row
-from dery_cli.stages.assemble.target import Target
 from dery_cli.types import Donor, Node
 from dery_cli.zoo.schemas import COUNT, CROP
 

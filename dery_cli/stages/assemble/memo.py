@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dery_cli.core.stitching.fit import StitchFit
+from dery_cli.core.stitching.probe import Judgement
 from dery_cli.data.samples import fingerprint
 from dery_cli.io.artifacts import made_of_the_same, write_record
 from dery_cli.io.records import Artifact, Kind, json_sha256
@@ -32,9 +33,12 @@ _FIT = fields(
 )
 BUILD = Kind(
     name="build",
-    version=1,
+    version=2,
     parents=("target",),
-    data=fields({"value": SCORE}, {"fits": list_of(optional(_FIT))}),
+    data=fields(
+        {"value": SCORE},
+        {"fits": list_of(optional(_FIT)), "penalty": number(), "temperature": number()},
+    ),
 )
 
 
@@ -80,14 +84,27 @@ class Memo:
             self._wanted(scored.candidate, f"proxy {proxy}"), {"value": scored.proxy, "fits": fits}
         )
 
-    def held_out(self, candidate: Candidate) -> float | None:
-        """The cross-validated accuracy; None where it has to be found."""
-        found = self._find(self._wanted(candidate, "held out"))
-        return None if found is None else found["value"]
+    def trial(self, candidate: Candidate) -> Judgement | None:
+        """What trying it came to; None where it has to be tried."""
+        found = self._find(self._wanted(candidate, "trial"))
+        if found is None or found["value"] is None:
+            return None
+        return Judgement(
+            accuracy=found["value"],
+            penalty=found["penalty"],
+            temperature=found["temperature"],
+        )
 
-    def keep_held_out(self, candidate: Candidate, value: float) -> None:
-        """Remember a cross-validated accuracy."""
-        self._keep(self._wanted(candidate, "held out"), {"value": value})
+    def keep_trial(self, candidate: Candidate, trial: Judgement) -> None:
+        """Remember what trying a network came to."""
+        self._keep(
+            self._wanted(candidate, "trial"),
+            {
+                "value": trial.accuracy,
+                "penalty": trial.penalty,
+                "temperature": trial.temperature,
+            },
+        )
 
     def test_top1(self, candidate: Candidate) -> float | None:
         """The accuracy on the test images; None where it has to be found."""
@@ -103,7 +120,7 @@ class Memo:
         """What is asked of test images: a figure of these very ones."""
         test = self._setting.target.data.test
         assert test is not None
-        return f"test top-1 {fingerprint(test)}"
+        return f"test top-1, {self._setting.config.purpose}, {fingerprint(test)}"
 
     def _wanted(self, candidate: Candidate, what: str) -> Artifact:
         config, zoo = self._setting.config, self._setting.zoo

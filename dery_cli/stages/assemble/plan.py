@@ -1,7 +1,7 @@
 """How much is built and tried: as much as an allowance of multiply-adds pays for.
 
 The allowance is ``--effort`` passes of all donors over the target's images, a small zoo counting as
-one of ``FEW_DONORS``; half of it is for building and scoring, half for cross-validation. It is
+one of ``FEW_DONORS``; half of it is for building and scoring, half for trials. It is
 counted, never timed, so that a slow machine and a fast one build the same networks.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 from dery_cli.errors import UsageError
 from dery_cli.sizes import show_count
-from dery_cli.stages.assemble.build import FOLDS
 from dery_cli.stages.assemble.candidates import Candidate
 from dery_cli.stages.assemble.setting import Setting
 
@@ -25,7 +24,7 @@ MOST_BUILDS = 128
 """So many are built at most, whatever the allowance."""
 
 MOST_FINALISTS = 32
-"""Likewise of those that are cross-validated."""
+"""Likewise of those that are tried."""
 
 _PASSES_OF_A_FIT = 3
 """Over the images that stitches are fitted on, a build takes about so many passes of its network:
@@ -38,7 +37,7 @@ class Plan:
 
     Args:
         builds: Candidates that are built and scored.
-        finalists: The best of them by proxy that are cross-validated; 0 where the proxy decides.
+        finalists: The best of them by proxy that are tried; 0 where the proxy decides.
         work: Multiply-adds of all that, about.
     """
 
@@ -51,7 +50,7 @@ def zoo_pass(setting: Setting) -> int:
     """Multiply-adds of all donors over the target's images, once."""
     zoo = setting.zoo
     one = sum(zoo[name].anatomy.flops(0, zoo[name].anatomy.num_units) for name in zoo.names())
-    return one * len(setting.target.indices)
+    return one * len(setting.target.all_indices)
 
 
 def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Plan:
@@ -76,9 +75,11 @@ def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Pl
             f"--effort {math.ceil(least * 100) / 100:g} or more",
         )
     # labels in the stitches are tried at several weights
-    tries = [c.flops * FOLDS * 2 * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
+    builder = setting.builder
+    each = builder.trial_builds * 2 * (len(target.all_indices) + _PASSES_OF_A_FIT * fitted)
+    tries = [c.flops * each for c in candidates]
     finalists = _affordable(tries[:builds], half, MOST_FINALISTS)
-    if proxy != "probe" or not setting.builder.can_cross_validate:
+    if proxy != "probe" or not builder.can_try:
         finalists = 0
     return Plan(
         builds=builds,

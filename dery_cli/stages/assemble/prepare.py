@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from dery_cli.data.samples import choose_target, fingerprint
+from dery_cli.data.samples import Split, TargetSamples, choose_target, fingerprint
 from dery_cli.data.sets import DataSet, open_checked
+from dery_cli.data.target import Target
 from dery_cli.errors import StaleError, UsageError
 from dery_cli.io.artifacts import Workspace, unchanged, write_record
 from dery_cli.io.records import Artifact
@@ -15,7 +16,6 @@ from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import REPEATS, WARMUP, LatencyTable, latency_options
 from dery_cli.stages.assemble.setting import Setting
 from dery_cli.stages.assemble.store import ASSEMBLY, LATENCY
-from dery_cli.stages.assemble.target import Target, choose_fit
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
 from dery_cli.stages.partition.store import StoredPartition, require_partition
 from dery_cli.zoo.registry import require_zoo
@@ -49,7 +49,7 @@ def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job
     for warning in embeddings.warnings:
         terminal.warn(warning)
     partition = _partition(terminal, space, embeddings, config)
-    target = _target(terminal, embeddings, config)
+    target, split = _target(terminal, embeddings, config)
     proxy = config.proxy or ("naswot" if target.labels is None else "probe")
     if proxy == "probe" and target.labels is None:
         raise UsageError(
@@ -57,7 +57,7 @@ def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job
             "--data with class folders, or --proxy naswot",
         )
     parents = {
-        "target": fingerprint(target.data.train, target.indices),
+        "target": fingerprint(target.data.train, target.all_indices),
         **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
     }
     if partition is not None:
@@ -73,7 +73,7 @@ def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job
         },
         seed=config.seed,
     )
-    setting = Setting(space, embeddings, target, config)
+    setting = Setting(space, embeddings, target, split, config)
     job = Job(terminal, space, setting, partition, record, proxy)
     if config.budget.max_latency is not None:
         job = dataclasses.replace(job, record=_with_latency(job))
@@ -97,22 +97,43 @@ def _partition(
         return None
 
 
-def _target(terminal: Terminal, embeddings: Embeddings, config: AssembleConfig) -> Target:
-    """The target's images."""
+def _target(
+    terminal: Terminal, embeddings: Embeddings, config: AssembleConfig
+) -> tuple[Target, Split]:
+    """The target's images, and the split that they keep to."""
     if config.data is None:
         data = _calibration(terminal, embeddings, config.skip_bad)
     else:
         data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-    indices = choose_target(data, config.target_samples, config.seed)
-    return Target(
+    split = Split.of(data.train, config.seed)
+    chosen = choose_target(data.train, split, samples=config.target_samples, fit=config.fit_samples)
+    _warn_of_missing_classes(terminal, data, chosen)
+    target = Target(
         data=data,
-        indices=indices,
-        fit_indices=choose_fit(indices, config.fit_samples, config.seed),
+        indices=chosen.indices,
+        fit_indices=chosen.fit_indices,
+        valid_indices=chosen.valid_indices,
         crop=embeddings.calibration.crop,
         batch_size=embeddings.calibration.batch_size,
         device=pick_device(config.device),
         workers=config.workers,
     )
+    return target, split
+
+
+def _warn_of_missing_classes(terminal: Terminal, data: DataSet, chosen: TargetSamples) -> None:
+    """Say which classes the head cannot know: no image of theirs is among those it is fitted on."""
+    labels, classes = data.train.labels, data.classes
+    if labels is None or classes is None:
+        return
+    found = {int(labels[index]) for index in chosen.indices}
+    missing = [name for label, name in enumerate(classes) if label not in found]
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        terminal.warn(
+            f"{len(missing)} of {len(classes)} classes have no image to fit on ({some}), so the "
+            "network will not know them: raise --target-samples, or add images"
+        )
 
 
 def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:

@@ -16,7 +16,7 @@ from dery_cli.io.files import replace_text
 from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.stages.assemble.build import CompleteNetwork, check_size
+from dery_cli.stages.assemble.build import check_size
 from dery_cli.stages.assemble.candidates import Candidate, Proof, Scored, ranked, unique
 from dery_cli.stages.assemble.choose import (
     Choice,
@@ -44,6 +44,7 @@ from dery_cli.stages.assemble.store import (
     SCORES,
 )
 from dery_cli.stages.partition.store import StoredPartition
+from dery_cli.training.closed_form import CompleteNetwork
 from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences
 
 LOG_FILE = "assembly.log.json"
@@ -207,7 +208,7 @@ def _build_assembly(job: Job) -> Artifact:
     best = choice.compared[0][1]
     rows = []
     with job.terminal.progress("building the pick and its controls", len(choice.compared)) as bar:
-        built = setting.builder.build(best.candidate)
+        built = setting.builder.build(best.candidate, best.trial)
         for role, entry in choice.compared:
             rows.append(_row(setting, memo, role, entry))
             bar.advance()
@@ -292,6 +293,9 @@ NOTHING_SEARCHED: Proof = {
     "agreement": "the network was given",
 }
 
+FITTED_ON = {"finetuned": "fit", "untrained": "all"}
+"""The part of the target's training images that is delivered on, by what is delivered for."""
+
 PAPER_TRIES = 3
 """Best of the paper's program that its control is chosen from."""
 
@@ -330,6 +334,9 @@ def _describe(setting: Setting, best: Scored, built: CompleteNetwork) -> dict[st
         "budget": str(setting.config.budget),
         "target": target.data.spec,
         "target_skip_bad": target.data.skip_bad,
+        "split": setting.split.to_json(),
+        "fitted_on": FITTED_ON[setting.config.purpose] if target.valid_indices else "all",
+        "batch_norm": chosen.reestimated,
         "match": None if built.match is None else dataclasses.asdict(built.match),
     }
 
@@ -360,17 +367,17 @@ def _row(setting: Setting, memo: Memo, role: str, entry: Scored) -> dict[str, An
         "role": role,
         **entry.to_json(),
         "mean_r2": entry.r2,
-        "test_top1": _test_top1(setting, memo, entry.candidate),
+        "test_top1": _test_top1(setting, memo, entry),
     }
 
 
-def _test_top1(setting: Setting, memo: Memo, candidate: Candidate) -> float | None:
+def _test_top1(setting: Setting, memo: Memo, entry: Scored) -> float | None:
     """Of the complete network on the test images, which nothing was chosen on."""
     if setting.target.data.test is None or setting.target.labels is None:
         return None
-    found = memo.test_top1(candidate)
+    found = memo.test_top1(entry.candidate)
     if found is None:
-        found = setting.builder.test_top1(candidate)
+        found = setting.builder.test_top1(entry.candidate, entry.trial)
         assert found is not None
-        memo.keep_test_top1(candidate, found)
+        memo.keep_test_top1(entry.candidate, found)
     return found

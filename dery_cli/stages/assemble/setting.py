@@ -9,12 +9,13 @@ from dery_cli.core.assembly.problem import Assembly, AssemblyProblem
 from dery_cli.core.assembly.search import SearchResult, n_best
 from dery_cli.core.assembly.solve import cross_check, solve
 from dery_cli.data.batches import ImageStore
+from dery_cli.data.samples import Split
+from dery_cli.data.target import Target
 from dery_cli.io.artifacts import Workspace
 from dery_cli.stages.assemble.build import Builder
 from dery_cli.stages.assemble.candidates import Candidate, Proof
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import LatencyTable, MemoryTable, measure_latency
-from dery_cli.stages.assemble.target import Target
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.types import BlockRef, StitchKind
 from dery_cli.zoo.donors import DonorPool
@@ -35,19 +36,25 @@ class Setting:
         workspace: Where donors' local checkpoints are.
         embeddings: Of all donors.
         target: Target images.
+        split: Of the target, which its parts keep to.
         config: Options.
     """
 
     def __init__(
-        self, workspace: Workspace, embeddings: Embeddings, target: Target, config: AssembleConfig
+        self,
+        workspace: Workspace,
+        embeddings: Embeddings,
+        target: Target,
+        split: Split,
+        config: AssembleConfig,
     ) -> None:
         self.workspace, self.embeddings = workspace, embeddings
         self.zoo: Zoo = embeddings.zoo
-        self.target, self.config = target, config
+        self.target, self.split, self.config = target, split, config
         self.donors = DonorPool(self.zoo, workspace, target.device)
         self.images = ImageStore(
             target.data.train,
-            target.indices,
+            target.all_indices,
             crop=target.crop,
             batch_size=target.batch_size,
             device=target.device,

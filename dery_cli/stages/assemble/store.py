@@ -60,6 +60,7 @@ ASSEMBLY = dataclasses.replace(
             "memory_bytes": optional(COUNT),
             "input_shape": row(integer(1), integer(1), integer(1)),
             "budget": any_text,
+            "batch_norm": boolean,
             "match": optional(fields({"before": number(), "after": number(), "kept": boolean})),
             "proxy": fields({"name": any_text, "score": SCORE}),
             "held_out": SCORE,

@@ -130,11 +130,11 @@ def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
             f"the data '{config.data}' have {len(data.train)} training images",
             "at least 8 are needed to compare features",
         )
-    indices = choose_samples(len(data.train), config.samples, config.seed)
     labels = data.train.labels
+    indices = choose_samples(range(len(data.train)), labels, config.samples, config.seed)
     return Calibration(
         spec=data.spec,
-        indices=tuple(indices),
+        indices=indices,
         digest=fingerprint(data.train, indices),
         labels=None if labels is None else tuple(int(labels[i]) for i in indices),
         classes=data.classes,

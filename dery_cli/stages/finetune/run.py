@@ -19,7 +19,8 @@ from dery_cli.io.records import Artifact
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
 from dery_cli.sizes import show_duration
-from dery_cli.stages.finetune.splits import Splits, make_splits
+from dery_cli.stages.finetune.refit import refit_start
+from dery_cli.stages.finetune.splits import Splits, choose_split, make_splits
 from dery_cli.stages.finetune.start import (
     Start,
     load_donor_weights,
@@ -40,7 +41,7 @@ from dery_cli.training.optim import make_optimizer, parameter_groups
 from dery_cli.training.plan import make_plan
 from dery_cli.training.progress import CALMER, FinetuneResult, Progress
 from dery_cli.training.recipe import FinetuneConfig
-from dery_cli.training.request import MIN_IMAGES_TO_CHOOSE_ON, FinetuneRequest
+from dery_cli.training.request import FinetuneRequest
 from dery_cli.training.runlog import run_lock, settle_run
 from dery_cli.training.tensorboard import Curves
 from dery_cli.zoo.networks import MODEL_FILE
@@ -91,6 +92,7 @@ class _Plan:
         start: The network.
         data: The target.
         splits: Its images in three parts.
+        refit: The start is fitted anew first, without the images to choose on.
         steps: Updates in all.
         classes: Class names in label order.
         teacher: To learn from, or None.
@@ -100,6 +102,7 @@ class _Plan:
     start: Start
     data: DataSet
     splits: Splits
+    refit: bool
     steps: int
     classes: tuple[str, ...]
     teacher: TeacherChoice | None
@@ -129,10 +132,14 @@ def _prepare(
     processes: Processes,
 ) -> _Plan:
     start, data = _open(terminal, space, request, config)
-    fraction = request.valid_fraction
-    if fraction is None:
-        fraction = 0.2 if len(data.train) >= MIN_IMAGES_TO_CHOOSE_ON else 0.0
-    splits = make_splits(data, start, config, fraction)
+    chosen = choose_split(
+        start,
+        data,
+        fraction=request.valid_fraction,
+        seed=config.seed,
+        seen=not request.scratch,
+    )
+    splits = make_splits(data, start, config, chosen.split)
     # what the loop would refuse is refused now: comparing teachers takes its time
     steps = make_plan(config, len(splits.kept), processes=processes.count).steps
     make_optimizer(parameter_groups(start.assembly.network, config), config)
@@ -140,15 +147,16 @@ def _prepare(
     assert classes is not None
     teacher = None
     if request.teacher is not None:
-        teacher = choose_teacher(space, request.teacher, classes)
+        teacher = choose_teacher(space, request.teacher, classes, splits)
     return _Plan(
         start=start,
         data=data,
         splits=splits,
+        refit=chosen.refit,
         steps=steps,
         classes=classes,
         teacher=teacher,
-        record=run_artifact(start, splits, config, teacher),
+        record=run_artifact(start, splits, config, teacher, refit=chosen.refit),
     )
 
 
@@ -194,6 +202,17 @@ def _train(
             request.donor,
             plan.data,
             plan.start,
+            plan.splits.kept,
+            device=processes.device,
+            workers=config.workers,
+        )
+    if plan.refit:
+        refit_start(
+            terminal,
+            space,
+            plan.start,
+            plan.data,
+            plan.splits.kept,
             device=processes.device,
             workers=config.workers,
         )
@@ -283,6 +302,8 @@ def _write(
         "start": plan.start.name,
         "target": plan.splits.target,
         "target_skip_bad": plan.splits.target_skip_bad,
+        "split": plan.splits.split.to_json(),
+        "fitted_on": "fit" if plan.splits.split.fraction else "all",
         "params": source["params"],
         "flops": source["flops"],
         "best": {
@@ -322,11 +343,20 @@ def _write(
 
 
 def run_artifact(
-    start: Start, splits: Splits, config: FinetuneConfig, teacher: TeacherChoice | None
+    start: Start,
+    splits: Splits,
+    config: FinetuneConfig,
+    teacher: TeacherChoice | None,
+    *,
+    refit: bool = False,
 ) -> Artifact:
     """The record of a run; ``workers`` changes no number and is left out."""
     options = {key: value for key, value in config.to_json().items() if key != "workers"}
-    options |= {"valid_fraction": splits.valid_fraction, "start": start.name}
+    options |= {
+        "valid_fraction": splits.split.fraction,
+        "start": start.name,
+        "refitted": refit,
+    }
     parents = {"network": start.parent, "data": splits.digest}
     if teacher is not None:
         options["teacher"] = teacher.name

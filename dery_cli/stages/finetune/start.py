@@ -156,21 +156,24 @@ def load_donor_weights(
     name: str,
     data: DataSet,
     start: Start,
+    kept: Sequence[int],
     *,
     device: torch.device,
     workers: int,
 ) -> None:
     """Give the network of ``start_from_donor`` the donor's weights, and a closed-form head.
 
+    The head is fitted on the training images ``kept``, and not on those to choose on.
+
     Raises:
         DeryError: The weights changed, or the features are not finite.
     """
-    with terminal.progress(f"fitting {name}", len(data.train)) as bar:
+    with terminal.progress(f"fitting {name}", len(kept)) as bar:
         whole = fit_donor(
             workspace,
             require_zoo(workspace)[name],
             data,
-            range(len(data.train)),
+            kept,
             crop=start.assembly.transform.crop,
             device=device,
             workers=workers,

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 
 from dery_cli.core.stitching.head import NotFiniteError
 from dery_cli.data.classes import class_difference
-from dery_cli.data.samples import choose_samples
+from dery_cli.data.samples import Split, choose_samples
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io.artifacts import Workspace, read_record
-from dery_cli.io.records import json_sha256
+from dery_cli.io.records import Artifact, json_sha256
 from dery_cli.runtime.processes import Processes
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import check_name
@@ -72,17 +72,20 @@ class LoadedTeacher:
         return f"{self.name} {self.sha256[:16]}"
 
 
-def choose_teacher(workspace: Workspace, name: str, classes: Sequence[str]) -> TeacherChoice:
+def choose_teacher(
+    workspace: Workspace, name: str, classes: Sequence[str], splits: Splits
+) -> TeacherChoice:
     """Find the teacher that ``--teacher`` names.
 
     Raises:
-        UsageError: No such donor or network, or it tells other classes apart.
+        UsageError: No such donor or network, it tells other classes apart, or it was fitted on the
+            images that the run holds out to choose on.
         StaleError: The zoo is empty.
     """
     folder, _, rest = name.partition("/")
     if rest and folder in FOLDERS:
         name = f"{folder}/{check_name(rest.rstrip('/'), 'teacher')}"
-        return TeacherChoice(name=name, sha256=_check_network(workspace, name, classes))
+        return TeacherChoice(name=name, sha256=_check_network(workspace, name, classes, splits))
     zoo = require_zoo(workspace)
     if name == BEST:
         hashes = {donor.name: donor.weights_sha256 for donor in zoo.donors.values()}
@@ -90,8 +93,8 @@ def choose_teacher(workspace: Workspace, name: str, classes: Sequence[str]) -> T
     return TeacherChoice(name=name, sha256=zoo[name].weights_sha256)
 
 
-def _check_network(workspace: Workspace, name: str, classes: Sequence[str]) -> str:
-    """The hash of a network of the workspace, if it tells these classes apart."""
+def _check_network(workspace: Workspace, name: str, classes: Sequence[str], splits: Splits) -> str:
+    """The hash of a network of the workspace, if it may teach."""
     folder = workspace.root / name
     if not folder.is_dir():
         there = sorted(
@@ -118,7 +121,20 @@ def _check_network(workspace: Workspace, name: str, classes: Sequence[str]) -> s
             f"{class_difference(taught, classes)}",
             "--teacher best, or a network made for these data",
         )
+    if _knows_held_out(record, splits):
+        raise UsageError(
+            f"the teacher {name} was fitted on images that this run holds out to choose on",
+            "--valid-fraction 0, or a teacher made with the same split and --seed",
+        )
     return record.sha256
+
+
+def _knows_held_out(record: Artifact, splits: Splits) -> bool:
+    """Whether a network may have seen the images to choose on."""
+    if splits.valid is None or record.data["target"] != splits.target:
+        return False
+    same = Split(**record.data["split"]) == splits.split
+    return not same or record.data["fitted_on"] == "all"
 
 
 def load_teacher(
@@ -148,8 +164,7 @@ def load_teacher(
         )
         return LoadedTeacher(module=module, name=choice.name, sha256=choice.sha256, accuracy=None)
     zoo = require_zoo(workspace)
-    places = choose_samples(len(splits.kept), SAMPLES, seed)
-    indices = sorted(splits.kept[place] for place in places)
+    indices = choose_samples(splits.kept, data.train.labels, SAMPLES, seed)
 
     def fitted(donor: Donor, advance: Callable[[int], None]) -> WholeDonor:
         return fit_donor(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dery_cli.data.samples import choose_samples, fingerprint
+from dery_cli.data.samples import fingerprint
 from dery_cli.data.sets import ImageDataset, open_checked, open_data
 from dery_cli.data.splits import FolderSplit, read_image, stratified_holdout
 from dery_cli.errors import DeryError, UsageError
@@ -361,13 +361,6 @@ def test_the_first_of_several_pictures_counts(tmp_path, kind):
     first.save(tmp_path / f"a.{kind}", save_all=True, append_images=[second])
     image = read_image(FolderSplit([tmp_path / f"a.{kind}"], None), 0)
     assert min(to_mode(image, 3).getpixel((0, 0))) > 250
-
-
-def test_choices_are_by_seed():
-    assert choose_samples(100, 10, 0) == choose_samples(100, 10, 0)
-    assert choose_samples(100, 10, 0) != choose_samples(100, 10, 1)
-    assert choose_samples(100, 10, 0) == choose_samples(100, 20, 0)[:10]
-    assert sorted(choose_samples(5, 10, 0)) == [0, 1, 2, 3, 4]
 
 
 def test_holdout_takes_the_same_share_of_every_class():

@@ -83,6 +83,8 @@ COMMON = {
     "flops": 10,
     "target": "demo:",
     "target_skip_bad": False,
+    "split": {"fraction": 0.2, "seed": 0, "digest": SHA},
+    "fitted_on": "fit",
 }
 SCORED = {
     "network": "a[0:1] + a[1:2]",
@@ -180,7 +182,7 @@ RECORDS: list[Artifact] = [
     Artifact(
         kind=ASSEMBLY,
         parents={"target": SHA},
-        options={"target_samples": 4, "data": "demo:"},
+        options={"target_samples": 4, "fit_samples": 4, "data": "demo:"},
         seed=0,
         files={"model.safetensors": SHA},
         data={
@@ -191,6 +193,7 @@ RECORDS: list[Artifact] = [
             "memory_bytes": None,
             "input_shape": [3, 8, 8],
             "budget": "30M params",
+            "batch_norm": False,
             "match": {"before": 0.1, "after": 0.2, "kept": True},
             "proxy": {"name": "probe", "score": 0.5},
             "held_out": None,

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from dery_cli.core.stitching.fit import fit_stitch
 from dery_cli.core.stitching.probe import (
     HeldOut,
+    Judgement,
     fit_classifier,
-    outside_folds,
+    judge,
     probe_accuracy,
     stratified_folds,
 )
@@ -98,29 +99,44 @@ def test_what_is_said_of_labels_without_meaning_is_chance_where_they_were_held_o
     assert flattered.accuracy > 0.6  # the stitch has seen every label
     fold_N = stratified_folds(label_N, 3)
     crossed = [HeldOut(_noise_features(fold_N != fold), fold_N == fold) for fold in range(3)]
-    honest = fit_classifier(x_NC, label_N, 4, held_out=crossed)
-    assert honest.accuracy < 0.25 + 3 * (0.25 * 0.75 / 120) ** 0.5
+    assert judge(crossed, label_N, 4).accuracy < 0.25 + 3 * (0.25 * 0.75 / 120) ** 0.5
     outside_N = fold_N == 2
-    x_NC = _noise_features(~outside_N)
-    outside = fit_classifier(
-        x_NC, label_N, 4, held_out=outside_folds(x_NC, label_N, outside_N, folds=4)
-    )
+    outside = judge([HeldOut(_noise_features(~outside_N), outside_N)], label_N, 4)
     assert outside.accuracy < 0.25 + 3 * (0.25 * 0.75 / 40) ** 0.5
 
 
-def test_folds_of_all_images_are_the_cross_validation_itself():
+def test_a_classifier_is_fitted_as_it_was_judged():
     label_N = torch.arange(90) % 3
     x_NC = torch.randn(90, 8, generator=torch.Generator().manual_seed(4))
     x_NC[:, 0] += label_N
-    parts = outside_folds(x_NC, label_N, torch.ones(90, dtype=torch.bool))
-    one, other = fit_classifier(x_NC, label_N, 3), fit_classifier(x_NC, label_N, 3, held_out=parts)
-    assert one.accuracy == other.accuracy
-    assert torch.equal(one.weight_CD, other.weight_CD)
-    assert torch.equal(one.bias_D, other.bias_D)
+    plain = fit_classifier(x_NC, label_N, 3)
+    chosen = Judgement(accuracy=0.5, penalty=0.1, temperature=7.0)
+    given = fit_classifier(x_NC, label_N, 3, chosen=chosen)
+    assert given.accuracy == 0.5
+    hotter = fit_classifier(
+        x_NC, label_N, 3, chosen=Judgement(accuracy=0.5, penalty=0.1, temperature=14.0)
+    )
+    assert torch.allclose(2 * given.weight_CD, hotter.weight_CD)
+    assert not torch.allclose(plain.weight_CD, given.weight_CD)
+
+
+def test_the_penalty_is_chosen_by_other_samples_than_it_is_judged_by():
+    """The best of many penalties on noise is lucky; nested it is not."""
+    generator = torch.Generator().manual_seed(0)
+    lucky, nested = [], []
+    for _ in range(40):
+        label_N = torch.arange(60) % 2
+        x_NC = torch.randn(60, 30, generator=generator)
+        fold_N = stratified_folds(label_N, 3)
+        parts = [HeldOut(x_NC, fold_N == fold) for fold in range(3)]
+        nested.append(judge(parts, label_N, 2).accuracy)
+        lucky.append(fit_classifier(x_NC, label_N, 2, folds=3).accuracy)
+    assert sum(nested) / 40 < 0.51
+    assert sum(lucky) > sum(nested) + 0.4  # a point each
 
 
 def test_nothing_held_out_is_an_error():
     x_NC, label_N = torch.randn(12, 3), torch.arange(12) % 2
     none = torch.zeros(12, dtype=torch.bool)
     with pytest.raises(ValueError, match="no sample was held out"):
-        fit_classifier(x_NC, label_N, 2, held_out=outside_folds(x_NC, label_N, none))
+        judge([HeldOut(x_NC, none)], label_N, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dery_cli.core.stitching.probe import Judgement
 from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick
 from dery_cli.types import BlockRef
 
@@ -16,7 +17,8 @@ def entry(name, proxy, *, whole=False, params=10, held_out=None) -> Scored:
         program_score=None,
         whole=whole,
     )
-    return Scored(candidate=candidate, proxy=proxy, fits=(None,) * len(refs), held_out=held_out)
+    trial = None if held_out is None else Judgement(held_out, 1.0, 1.0)
+    return Scored(candidate=candidate, proxy=proxy, fits=(None,) * len(refs), trial=trial)
 
 
 def test_the_best_by_proxy_are_tried_and_the_best_whole_model_with_them():

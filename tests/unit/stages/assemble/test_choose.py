@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from dery_cli.core.stitching.probe import Judgement
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
@@ -33,7 +34,8 @@ def candidate(name, params=10, *, whole=False, reestimated=False):
 class Builder:
     """Gives what a table says, and counts."""
 
-    can_cross_validate = True
+    can_try = True
+    trial_builds = 3
 
     def __init__(self, proxies, held_out):
         self.proxies, self.trials, self.built, self.tried = proxies, held_out, [], []
@@ -44,9 +46,9 @@ class Builder:
             candidate=candidate, proxy=self.proxies[candidate.refs[0].donor], fits=(None,)
         )
 
-    def cross_validate(self, candidates, advance):
+    def try_out(self, candidates, advance):
         self.tried += candidates
-        return [self.trials[c.refs[0].donor] for c in candidates]
+        return [Judgement(self.trials[c.refs[0].donor], 1.0, 1.0) for c in candidates]
 
 
 class Setting:
@@ -60,7 +62,12 @@ class Setting:
         )
         self.zoo = FakeZoo(donor)
         self.target = types.SimpleNamespace(
-            labels=[0, 1], crop=0.95, batch_size=4, indices=range(100), fit_indices=range(50)
+            labels=[0, 1],
+            crop=0.95,
+            batch_size=4,
+            indices=range(100),
+            fit_indices=range(50),
+            all_indices=range(100),
         )
 
     def priced(self, refs, *, reestimated=False):

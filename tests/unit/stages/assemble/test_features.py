@@ -12,14 +12,14 @@ import torch
 from dery_cli.core.similarity.features import probe_features
 from dery_cli.core.stitching.joint_logits import JointTargets, joint_losses, probe_node
 from dery_cli.data.batches import ImageStore
-from dery_cli.data.samples import choose_target, fingerprint
+from dery_cli.data.samples import Split, choose_target, fingerprint
 from dery_cli.data.sets import open_data
+from dery_cli.data.target import Target
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.assemble.features import pseudo_classes, score_target, target_bytes
 from dery_cli.stages.assemble.features_store import target_name
-from dery_cli.stages.assemble.target import Target
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo, require_zoo
 from tests.conftest import run_dery
@@ -53,7 +53,8 @@ def make_target(*, labels=True, seed=0, crop=0.95):
     data = open_data("demo:")
     if not labels:
         data = dataclasses.replace(data, train=Unlabelled(data.train), classes=None)
-    indices = choose_target(data, IMAGES, seed)
+    split = Split.of(data.train, seed)
+    indices = choose_target(data.train, split, samples=IMAGES, fit=20).indices
     return Target(
         data=data,
         indices=indices,
