@@ -394,6 +394,24 @@ def _show_comparison(terminal: Terminal, data: Mapping[str, Any]) -> None:
     )
 
 
+TERMS_SHOWN = 5
+
+
+def _show_learning(terminal: Terminal, learning: Mapping[str, Any]) -> None:
+    """How well built networks were foreseen, and what the objective came to weigh."""
+    said = f"{learning['builds']} networks were built in {learning['rounds']} rounds"
+    if learning["tau"] is not None:
+        low, high = learning["tau_interval"]
+        said += (
+            f"; what was foreseen of {learning['foreseen']} agrees with what came out: Kendall's "
+            f"tau {learning['tau']:.2f} ({low:.2f} to {high:.2f})"
+        )
+    terminal.say(said)
+    words = ", ".join(f"{name} {points:+.1f}" for name, points in learning["terms"][:TERMS_SHOWN])
+    if words:
+        terminal.say(f"what counts, in points for each usual deviation of it: {words}")
+
+
 def _show_remarks(terminal: Terminal, found: Assembled) -> None:
     data, timing = found.record.data, found.latency
     if data["program"]["optimal"]:
@@ -405,6 +423,8 @@ def _show_remarks(terminal: Terminal, found: Assembled) -> None:
         )
     else:
         terminal.warn("time ran out before the program's optimum was proven")
+    if data["learning"] is not None:
+        _show_learning(terminal, data["learning"])
     if data["network"]["classes"] is None:
         terminal.say("the target has no labels: the network ends at its pre-logits, without a head")
     if data["match"] is not None:

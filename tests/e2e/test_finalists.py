@@ -10,10 +10,10 @@ import torch
 import dery_demo
 from dery_cli import dissect
 from dery_cli.core.scoring import network_outputs
-from dery_cli.core.stitching.head import linear_head
-from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
-from dery_cli.core.stitching.probe import fit_classifier, stratified_folds
+from dery_cli.core.stitching.network import NetworkBuilder
+from dery_cli.core.stitching.probe import HeldOut, judge, stratified_folds
 from dery_cli.data.batches import ImageBatches
+from dery_cli.data.samples import Split, choose_target
 from dery_cli.data.sets import open_data
 from dery_cli.stages.assemble import choose as assemble_stage
 from dery_cli.stages.assemble import memo
@@ -74,35 +74,32 @@ def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(copied, pipeline
         )
         for name in names
     }
-    labels = torch.tensor([int(label) for label in data.train.labels])
-    part = stratified_folds(2 * labels + 1, 3)
-    hits = 0
+    split = Split.of(data.train, 0)
+    samples = choose_target(data.train, split, samples=2048, fit=512)
+    indices, place = samples.indices, {index: i for i, index in enumerate(samples.indices)}
+    labels = torch.tensor([int(data.train.labels[index]) for index in indices])
+    fold = stratified_folds(2 * labels + 1, 3)
+    parts = []
     for asked in range(3):
-        views = []
-        for chosen in (part != asked, part == asked):
-            indices = chosen.nonzero().flatten().tolist()
-            spec = dery_demo.zoo.card("resnet").input
-            views.append(
-                list(
-                    ImageBatches(
-                        data.train,
-                        indices,
-                        spec,
-                        crop=0.95,
-                        batch_size=64,  # that of dery embed
-                        device=torch.device("cpu"),
-                    )
+        known = [index for index in samples.fit_indices if fold[place[index]] != asked]
+        made_on = [int(labels[place[index]]) for index in known]
+        seen, everything = (
+            list(
+                ImageBatches(
+                    data.train,
+                    chosen,
+                    dery_demo.zoo.card("resnet").input,
+                    crop=0.95,
+                    batch_size=64,  # that of dery embed
+                    device=torch.device("cpu"),
                 )
             )
-        made_on = labels[part != asked]
-        builder = NetworkBuilder(donors, lambda _, v=views[0]: v, labels=made_on.tolist())
-        network: AssembledNetwork = builder.build(blocks).network.copy()
-        head = fit_classifier(network_outputs(network, views[0]), made_on, 10)
-        network.head = linear_head(head)
-        with torch.no_grad():
-            guess = torch.cat([network(x).argmax(1) for x in views[1]])
-        hits += int((guess == labels[part == asked]).sum())
-    assert found["held_out"] == pytest.approx(hits / len(labels), abs=1e-9)
+            for chosen in (known, indices)
+        )
+        builder = NetworkBuilder(donors, lambda _, v=seen: v, labels=made_on)
+        network = builder.build(blocks).network
+        parts.append(HeldOut(network_outputs(network, everything), fold == asked))
+    assert found["held_out"] == pytest.approx(judge(parts, labels, 10).accuracy, abs=1e-9)
 
 
 def test_a_few_images_hold_nothing_out(copied):

@@ -110,6 +110,8 @@ class Space:
         stitches: Likewise; between two nodes there may be several.
         heads: One for every node that a path may end at.
         max_stitches: Of a path.
+        last_score_G: What a segment is worth beside its score where it is a path's last, in
+            millionths; None where that makes no difference.
     """
 
     donors: tuple[str, ...]
@@ -118,6 +120,7 @@ class Space:
     stitches: Parts
     heads: Parts
     max_stitches: int
+    last_score_G: IntArray | None = None
 
     @property
     def first_D(self) -> IntArray:
@@ -274,6 +277,9 @@ def path_problem(
             )
             for layer in range(space.max_stitches + 1)
         ]
+    score_E = total_E(space.segments.score, space.stitches.score, space.heads.score)
+    if space.last_score_G is not None:
+        score_E = score_E + np.where(head_E >= 0, _of(space.last_score_G, segment_E), 0)
     filters, requirements = _wishes(
         space, pins, excluded or {}, whole, segment_E=segment_E, head_E=head_E, layer_E=layer_E,
         donor_B=donor_B,
@@ -287,7 +293,7 @@ def path_problem(
         score_B=zero_B,
         src_E=np.concatenate([g.src for g in groups]),
         dst_E=np.concatenate([g.dst for g in groups]),
-        score_E=total_E(space.segments.score, space.stitches.score, space.heads.score),
+        score_E=score_E,
         resources=tuple(resources),
         filters=filters,
         requirements=requirements,

@@ -29,7 +29,6 @@ from dery_cli.stages.assemble.candidates import Candidate, Proof
 from dery_cli.stages.assemble.config import AssembleConfig, DonorFilter
 from dery_cli.stages.assemble.costs import shapes_of, zoo_nodes
 from dery_cli.stages.assemble.explain import explain_infeasible
-from dery_cli.stages.assemble.features_store import TargetScores
 from dery_cli.stages.assemble.setting import MICRO, Setting, best_of
 from dery_cli.types import Anatomy, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
@@ -57,33 +56,14 @@ class PathScores:
     Args:
         head_V: Of a path that ends at a node.
         stitch_VV: Of a stitch from a node (row) to a node (column).
-        stitches: Of every stitch, whichever it is.
+        unit_V: Of the unit that ends at a node; 0 at nodes 0.
+        last_unit_V: The same, beside it, in a path's last segment.
     """
 
     head_V: FloatArray
     stitch_VV: FloatArray
-    stitches: float = 0.0
-
-
-JOINT_WEIGHT = 0.5
-"""Of a stitch's divergence, in nats, beside the accuracy of the probe where a path ends."""
-
-
-STITCH_WEIGHT = 0.01
-"""Each stitch costs so much accuracy beyond that; an adapter would be free otherwise."""
-
-
-def path_scores(scores: TargetScores) -> PathScores:
-    """A sum of what is at hand: the probe at a path's end, less what each stitch would lose.
-
-    Args:
-        scores: Of the target.
-    """
-    return PathScores(
-        head_V=scores.accuracy_V,
-        stitch_VV=-JOINT_WEIGHT * np.nan_to_num(scores.kl_VV, nan=0.0),
-        stitches=-STITCH_WEIGHT,
-    )
+    unit_V: FloatArray
+    last_unit_V: FloatArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,16 +105,21 @@ def build_space(
     donor_V = np.repeat(np.arange(len(counts)), counts)
     index_V = np.arange(len(nodes)) - first_D[donor_V]
     if scores is None:
-        scores = PathScores(head_V=np.zeros(len(nodes)), stitch_VV=np.zeros((len(nodes),) * 2))
+        none_V = np.zeros(len(nodes))
+        scores = PathScores(
+            head_V=none_V, stitch_VV=np.zeros((len(nodes),) * 2), unit_V=none_V, last_unit_V=none_V
+        )
     src_J, dst_J = _pairs(donor_V, index_V, np.array(counts)[donor_V] - 1)
     src_J, dst_J, dropped = _best_partners(src_J, dst_J, scores.stitch_VV)
+    segments = _segments(anatomies, first_D, scores.unit_V)
     space = Space(
         donors=tuple(zoo.names()),
         num_nodes=tuple(counts),
-        segments=_segments(anatomies, first_D),
+        segments=segments,
         stitches=_stitches(nodes, src_J, dst_J, kind, scores),
         heads=_heads(nodes, np.flatnonzero(index_V > 0), num_classes, scores.head_V),
         max_stitches=max_stitches,
+        last_score_G=_along(scores.last_unit_V, segments.src, segments.dst),
     )
     return FreeSpace(space=space, nodes=nodes, dropped=dropped)
 
@@ -164,7 +149,7 @@ def _best_partners(
     return src_J[kept], dst_J[kept], dropped
 
 
-def _segments(anatomies: Sequence[Anatomy], first_D: IntArray) -> Parts:
+def _segments(anatomies: Sequence[Anatomy], first_D: IntArray, unit_V: FloatArray) -> Parts:
     src, dst, params, flops = [], [], [], []
     for anatomy, first in zip(anatomies, first_D.tolist(), strict=False):
         start, stop = np.triu_indices(len(anatomy.nodes), 1)
@@ -178,16 +163,22 @@ def _segments(anatomies: Sequence[Anatomy], first_D: IntArray) -> Parts:
             cost = np.array([anatomy.params(i, j) for i, j in pairs])
         params.append(cost)
         flops.append(work[stop] - work[start])
-    src_G = np.concatenate(src)
+    src_G, dst_G = np.concatenate(src), np.concatenate(dst)
     return Parts(
         src=src_G,
-        dst=np.concatenate(dst),
-        score=np.zeros(len(src_G), dtype=np.int64),
+        dst=dst_G,
+        score=_along(unit_V, src_G, dst_G),
         costs={
             "params": np.concatenate(params).astype(np.int64),
             "flops": np.concatenate(flops).astype(np.int64),
         },
     )
+
+
+def _along(unit_V: FloatArray, src_G: IntArray, dst_G: IntArray) -> IntArray:
+    """The sums over the units of segments, in millionths."""
+    upto_V = np.cumsum(unit_V)
+    return np.round(MICRO * (upto_V[dst_G] - upto_V[src_G])).astype(np.int64)
 
 
 def _stitches(
@@ -198,7 +189,7 @@ def _stitches(
     params = np.array([[cost.params for cost in row] for row in table], dtype=np.int64)
     flops = np.array([[cost.flops for cost in row] for row in table], dtype=np.int64)
     cells = (shape_V[src_J], shape_V[dst_J])
-    score_J = scores.stitch_VV[src_J, dst_J] + scores.stitches
+    score_J = scores.stitch_VV[src_J, dst_J]
     return Parts(
         src=src_J,
         dst=dst_J,
@@ -292,6 +283,12 @@ class PathSearch:
             memory=self.problem.total("memory", assembly.costs),
             whole=self.setting.is_whole(refs),
         )
+
+    def proof(self, offset: float) -> Proof:
+        """What is proven of the program as it stands; ``offset`` leads from sums to outcomes."""
+        _, proof = self.setting.solved(self.problem, POOL)
+        bound = proof["upper_bound"]
+        return {**proof, "upper_bound": None if bound is None else bound + offset}
 
     def check_budget(self) -> None:
         if best_of(self.problem, 1, self.setting.config).best is None:

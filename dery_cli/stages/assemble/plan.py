@@ -53,6 +53,19 @@ def zoo_pass(setting: Setting) -> int:
     return one * len(setting.target.all_indices)
 
 
+def allowance(setting: Setting) -> float:
+    """Multiply-adds that ``--effort`` pays for: half to build and score, half to try."""
+    unit = zoo_pass(setting) * max(1, FEW_DONORS / len(setting.zoo))
+    return setting.config.effort * unit
+
+
+def build_cost(setting: Setting, candidate: Candidate) -> int:
+    """Multiply-adds of building a candidate without labels and scoring it, about."""
+    target = setting.target
+    passes = len(target.indices) + _PASSES_OF_A_FIT * len(target.fit_indices)
+    return candidate.flops * passes
+
+
 def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Plan:
     """What the allowance pays for, of candidates in their order.
 
@@ -62,13 +75,12 @@ def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Pl
         UsageError: It does not pay for the first.
     """
     target = setting.target
-    images, fitted = len(target.indices), len(target.fit_indices)
-    unit = zoo_pass(setting) * max(1, FEW_DONORS / len(setting.zoo))
-    half = setting.config.effort * unit / 2
-    costs = [c.flops * (images + _PASSES_OF_A_FIT * fitted) for c in candidates]
+    fitted = len(target.fit_indices)
+    half = allowance(setting) / 2
+    costs = [build_cost(setting, candidate) for candidate in candidates]
     builds = _affordable(costs, half, MOST_BUILDS)
     if not builds:
-        least = 2 * costs[0] / unit
+        least = setting.config.effort * costs[0] / half
         raise UsageError(
             f"--effort {setting.config.effort:g} pays for no build: the first takes "
             f"{show_count(costs[0])} multiply-adds",

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import time_network
 from dery_cli.stages.assemble.features import score_target
 from dery_cli.stages.assemble.features_store import TargetScores, target_name
-from dery_cli.stages.assemble.free_space import PARTNERS, PathSearch, named_network, path_scores
+from dery_cli.stages.assemble.free_space import PARTNERS, PathSearch, named_network
 from dery_cli.stages.assemble.frontier import frontier_points
+from dery_cli.stages.assemble.learn import Learner, Lesson
 from dery_cli.stages.assemble.memo import Memo
 from dery_cli.stages.assemble.model_card import model_card
 from dery_cli.stages.assemble.paper_space import PaperSpace
-from dery_cli.stages.assemble.plan import planned
+from dery_cli.stages.assemble.plan import MOST_BUILDS, allowance, build_cost, planned
 from dery_cli.stages.assemble.prepare import Job, prepare
 from dery_cli.stages.assemble.setting import SearchSpace, Setting, best_of
 from dery_cli.stages.assemble.store import (
@@ -43,6 +44,7 @@ from dery_cli.stages.assemble.store import (
     LOG,
     SCORES,
 )
+from dery_cli.stages.assemble.terms import PathTerms
 from dery_cli.stages.partition.store import StoredPartition
 from dery_cli.training.closed_form import CompleteNetwork
 from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences
@@ -145,7 +147,8 @@ def _scored_space(job: Job) -> SearchSpace:
         return paper
     free = PathSearch(job.setting)
     free.check_budget()
-    free.use_scores(path_scores(_target_scores(job)))
+    terms = PathTerms(job.setting.zoo, _target_scores(job))
+    free.use_scores(terms.weighted(terms.formula_F))
     if free.free.dropped is not None:
         job.terminal.note(
             f"each node keeps its {PARTNERS} best stitches; the best left out scores "
@@ -204,7 +207,8 @@ def _build_assembly(job: Job) -> Artifact:
             f"{target.data.spec} has no labels: no gains, no head; {job.proxy} decides"
         )
     memo = _memo(job)
-    choice, proof = _choose(job, memo)
+    chosen = _choose(job, memo)
+    choice, lesson = chosen.choice, chosen.lesson
     best = choice.compared[0][1]
     rows = []
     with job.terminal.progress("building the pick and its controls", len(choice.compared)) as bar:
@@ -219,8 +223,9 @@ def _build_assembly(job: Job) -> Artifact:
         **_describe(setting, best, built),
         "proxy": {"name": job.proxy, "score": rows[0]["proxy"]},
         "held_out": best.held_out,
-        "program": {**proof, "score": best.candidate.program_score},
+        "program": {**chosen.proof, "score": best.candidate.program_score},
         "builds": {"scored": len(choice.scored), "tried": choice.tried},
+        "learning": None if lesson is None else lesson.to_json(config.seed),
         "licenses": licences(setting.zoo, best.candidate.refs),
         "comparison": rows,
         "test_top1": rows[0]["test_top1"],
@@ -228,7 +233,10 @@ def _build_assembly(job: Job) -> Artifact:
     listing = {
         "schema": CANDIDATES_FORMAT,
         "proxy": job.proxy,
-        "candidates": [entry.to_json() for entry in ranked(choice.scored)],
+        "candidates": [
+            {**entry.to_json(), "predicted": _predicted(lesson, entry)}
+            for entry in ranked(choice.scored)
+        ],
     }
     path = job.space.assembly(config.name)
     with transaction(path) as work:
@@ -241,6 +249,11 @@ def _build_assembly(job: Job) -> Artifact:
     return done
 
 
+def _predicted(lesson: Lesson | None, entry: Scored) -> float | None:
+    """What the objective, as learnt by then, said of a network before it was built."""
+    return None if lesson is None else lesson.predicted.get(entry.candidate.key)
+
+
 def _memo(job: Job) -> Memo:
     """What networks for this target came to."""
     digest = job.record.parents["target"]
@@ -248,8 +261,8 @@ def _memo(job: Job) -> Memo:
     return Memo(job.space.builds(name), job.setting, digest)
 
 
-def _choose(job: Job, memo: Memo) -> tuple[Choice, Proof]:
-    """What is built and tried, and what is proven of the program."""
+def _choose(job: Job, memo: Memo) -> Chosen:
+    """What is built and tried, what is proven of the program, and what was learnt."""
     setting, config = job.setting, job.setting.config
     chooser = Chooser(job.terminal, setting, job.proxy, memo)
     wholes = setting.whole_candidates()
@@ -262,17 +275,24 @@ def _choose(job: Job, memo: Memo) -> tuple[Choice, Proof]:
             num_finalists=1,
             forced=True,
         )
-        return choice, NOTHING_SEARCHED
+        return Chosen(choice=choice, proof=NOTHING_SEARCHED)
     searched = _scored_space(job)
     candidates, proof = searched.candidates()
+    plan = planned(setting, candidates, job.proxy)
+    whole_entries = chooser.score(wholes, "building whole donors")
+    lesson = None
+    if isinstance(searched, PathSearch) and job.proxy == LEARNT_FROM:
+        lesson = _learn(job, searched, chooser, whole_entries)
+        candidates = [entry.candidate for entry in lesson.scored]
+        proof = searched.proof(lesson.objective.offset)
+    else:
+        candidates = unique([*candidates[: plan.builds], *wholes])
     if not proof["solver_agrees"]:
         job.terminal.warn(
             f"CBC and the exact search disagree; the search counts: {proof['agreement']}"
         )
     _check_proven(config, proof)
-    plan = planned(setting, candidates, job.proxy)
-    candidates = unique([*candidates[: plan.builds], *wholes])
-    controls = whole_controls(setting, chooser.score(wholes, "building whole donors"))
+    controls = whole_controls(setting, whole_entries)
     if isinstance(searched, PathSearch):
         best_slice = searched.best_slice()
         if best_slice is not None:
@@ -281,7 +301,42 @@ def _choose(job: Job, memo: Memo) -> tuple[Choice, Proof]:
             controls += _paper_control(job, job.partition)
     role = "random path" if config.space == "free" else "random assembly"
     controls += random_control(setting, searched, role)
-    return chooser.choose(candidates, controls, num_finalists=plan.finalists), proof
+    choice = chooser.choose(candidates, controls, num_finalists=plan.finalists)
+    return Chosen(choice=choice, proof=proof, lesson=lesson)
+
+
+LEARNT_FROM = "probe"
+"""The proxy that an objective can be learnt from: an accuracy, as the formula foresees one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What came of building and trying.
+
+    Args:
+        choice: The pick and its controls.
+        proof: Of the program's answers.
+        lesson: What was learnt of the objective; None where the formula alone ranked.
+    """
+
+    choice: Choice
+    proof: Proof
+    lesson: Lesson | None = None
+
+
+def _learn(job: Job, searched: PathSearch, chooser: Chooser, wholes: Sequence[Scored]) -> Lesson:
+    """Build within the allowance, learning what to build."""
+    setting = job.setting
+    learner = Learner(
+        job.terminal,
+        searched,
+        PathTerms(setting.zoo, _target_scores(job)),
+        build=chooser.score,
+        cost=lambda candidate: build_cost(setting, candidate),
+        before=wholes,
+        seed=setting.config.seed,
+    )
+    return learner.run(allowance(setting) / 2, MOST_BUILDS)
 
 
 NOTHING_SEARCHED: Proof = {

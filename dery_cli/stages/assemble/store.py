@@ -22,7 +22,7 @@ from dery_cli.io.schema import (
 from dery_cli.zoo import schemas
 from dery_cli.zoo.schemas import COUNT, SCORE, network_data
 
-CANDIDATES_FORMAT = "dery/candidates/2"
+CANDIDATES_FORMAT = "dery/candidates/3"
 _BLOCK = (plain_name, COUNT, COUNT)
 
 _SCORED: dict[str, Any] = {
@@ -44,11 +44,21 @@ CANDIDATES = fields(
     {
         "schema": one_of(CANDIDATES_FORMAT),
         "proxy": any_text,
-        "candidates": list_of(fields(_SCORED), least=1),
+        "candidates": list_of(fields({**_SCORED, "predicted": SCORE}), least=1),
     }
 )
 """``candidates.json``, a file of the assembly."""
 
+_LEARNING = fields(
+    {
+        "builds": COUNT,
+        "rounds": COUNT,
+        "foreseen": COUNT,
+        "tau": SCORE,
+        "tau_interval": row(SCORE, SCORE),
+        "terms": list_of(row(any_text, number())),
+    }
+)
 ASSEMBLY = dataclasses.replace(
     schemas.ASSEMBLY,
     parents=("target",),
@@ -76,6 +86,7 @@ ASSEMBLY = dataclasses.replace(
                 }
             ),
             "builds": fields({"scored": COUNT, "tried": COUNT}),
+            "learning": optional(_LEARNING),
             "licenses": mapping(list_of(plain_name, least=1)),
             "comparison": list_of(
                 fields({"role": any_text, **_SCORED, "mean_r2": SCORE, "test_top1": SCORE}),

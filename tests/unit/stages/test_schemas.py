@@ -336,4 +336,4 @@ def test_who_loads_a_network_asks_less_than_who_wrote_it(kind: Kind, strict: Kin
 
 
 def test_the_candidates_listing():
-    CANDIDATES({"schema": "dery/candidates/2", "proxy": "probe", "candidates": [SCORED]})
+    CANDIDATES({"schema": "dery/candidates/3", "proxy": "probe", "candidates": [SCORED]})
