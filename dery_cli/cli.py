@@ -14,11 +14,14 @@ import typer
 import dery_cli
 from dery_cli.commands.assemble import assemble
 from dery_cli.commands.demo import demo
+from dery_cli.commands.doctor import doctor
 from dery_cli.commands.embed import embed
 from dery_cli.commands.evaluate import evaluate
 from dery_cli.commands.finetune import finetune
 from dery_cli.commands.partition import partition
+from dery_cli.commands.predict import predict
 from dery_cli.commands.sim import sim
+from dery_cli.commands.status import status
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
 from dery_cli.runtime.interrupts import Terminated
@@ -50,6 +53,9 @@ app.command("partition")(partition)
 app.command("assemble")(assemble)
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)
+app.command("predict")(predict)
+app.command("status")(status)
+app.command("doctor")(doctor)
 app.command("demo")(demo)
 
 

@@ -117,6 +117,29 @@ def read_folder(
     return classes, _labelled(found.classes, classes), test
 
 
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that are named, and the images of the folders that are, at any depth and by name.
+
+    Raises:
+        UsageError: A path is not there, or there is no image.
+        DeryError: A folder cannot be listed.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += _images(str(path), (os.path.realpath(path),), PassedOver(), set())
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError(f"there is no image or folder {path}", "give files or folders")
+    if not found:
+        raise UsageError(
+            f"there is no image in {', '.join(map(str, paths))}",
+            f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}",
+        )
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Listing:
     """The images directly in a folder, and those in and below each folder in it that has any."""

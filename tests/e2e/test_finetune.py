@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dery_cli.core.stitching.probe import fit_classifier
+from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import open_data
 from dery_cli.data.splits import stratified_holdout
 from dery_cli.io.journal import Transaction
@@ -138,7 +139,7 @@ def test_the_best_teacher_is_found_on_the_images_that_are_trained_on(copied, pip
     line = "--teacher best --steps 2 --valid-fraction 0.2 --name taught"
     told = tune(copied, line)["result"]["teacher"]
     kept, _ = stratified_holdout(data.train.labels, fraction=0.2, seed=0)
-    expected = probes(data, kept)
+    expected = probes(data, list(choose_samples(kept, data.train.labels, len(kept), 0)))
     assert told["name"] == max(expected, key=expected.get)
     assert told["probe_accuracy"] == pytest.approx(max(expected.values()), abs=1 / len(kept))
     zoo = json.loads((tmp_path / "ws" / "zoo.json").read_text())["data"]["donors"]
