@@ -112,7 +112,7 @@ def trace_frontier(terminal: Terminal, space: Workspace, config: AssembleConfig)
     """
     with space.lock(terminal.note):
         job = prepare(terminal, space, config)
-        searched = _scored_space(job)
+        searched = scored_space(job)
         points, complete = frontier_points(searched, config)
         path = space.assembly(config.name).parent / "pareto.csv"
         timed = [] if job.setting.latency is None else ["latency_ns"]
@@ -133,7 +133,7 @@ def _check_proven(config: AssembleConfig, proof: Mapping[str, Any]) -> None:
         )
 
 
-def _scored_space(job: Job) -> SearchSpace:
+def scored_space(job: Job) -> SearchSpace:
     """What is searched, its scores computed or taken from their artifacts.
 
     Raises:
@@ -147,7 +147,7 @@ def _scored_space(job: Job) -> SearchSpace:
         return paper
     free = PathSearch(job.setting)
     free.check_budget()
-    terms = PathTerms(job.setting.zoo, _target_scores(job))
+    terms = PathTerms(job.setting.zoo, target_scores(job))
     free.use_scores(terms.weighted(terms.formula_F))
     if free.free.dropped is not None:
         job.terminal.note(
@@ -157,7 +157,7 @@ def _scored_space(job: Job) -> SearchSpace:
     return free
 
 
-def _target_scores(job: Job) -> TargetScores:
+def target_scores(job: Job) -> TargetScores:
     """What the target's images say of every node and every pair of nodes."""
     setting = job.setting
     return score_target(
@@ -206,7 +206,7 @@ def _build_assembly(job: Job) -> Artifact:
         job.terminal.note(
             f"{target.data.spec} has no labels: no gains, no head; {job.proxy} decides"
         )
-    memo = _memo(job)
+    memo = memo_of(job)
     chosen = _choose(job, memo)
     choice, lesson = chosen.choice, chosen.lesson
     best = choice.compared[0][1]
@@ -254,7 +254,7 @@ def _predicted(lesson: Lesson | None, entry: Scored) -> float | None:
     return None if lesson is None else lesson.predicted.get(entry.candidate.key)
 
 
-def _memo(job: Job) -> Memo:
+def memo_of(job: Job) -> Memo:
     """What networks for this target came to."""
     digest = job.record.parents["target"]
     name = target_name(job.setting.target, digest, job.setting.config.seed)
@@ -276,13 +276,13 @@ def _choose(job: Job, memo: Memo) -> Chosen:
             forced=True,
         )
         return Chosen(choice=choice, proof=NOTHING_SEARCHED)
-    searched = _scored_space(job)
+    searched = scored_space(job)
     candidates, proof = searched.candidates()
     plan = planned(setting, candidates, job.proxy)
     whole_entries = chooser.score(wholes, "building whole donors")
     lesson = None
     if isinstance(searched, PathSearch) and job.proxy == LEARNT_FROM:
-        lesson = _learn(job, searched, chooser, whole_entries)
+        lesson = learn_objective(job, searched, chooser, whole_entries)
         candidates = [entry.candidate for entry in lesson.scored]
         proof = searched.proof(lesson.objective.offset)
     else:
@@ -324,13 +324,15 @@ class Chosen:
     lesson: Lesson | None = None
 
 
-def _learn(job: Job, searched: PathSearch, chooser: Chooser, wholes: Sequence[Scored]) -> Lesson:
+def learn_objective(
+    job: Job, searched: PathSearch, chooser: Chooser, wholes: Sequence[Scored]
+) -> Lesson:
     """Build within the allowance, learning what to build."""
     setting = job.setting
     learner = Learner(
         job.terminal,
         searched,
-        PathTerms(setting.zoo, _target_scores(job)),
+        PathTerms(setting.zoo, target_scores(job)),
         build=chooser.score,
         cost=lambda candidate: build_cost(setting, candidate),
         before=wholes,

@@ -207,6 +207,14 @@ RECORDS: list[Artifact] = [
                 "score": 0.5,
             },
             "builds": {"scored": 2, "tried": 1},
+            "learning": {
+                "builds": 2,
+                "rounds": 1,
+                "foreseen": 0,
+                "tau": None,
+                "tau_interval": [None, None],
+                "terms": [["stitches", -1.0]],
+            },
             "licenses": {"MIT": ["a"]},
             "comparison": [{"role": "picked", **SCORED, "mean_r2": 0.5, "test_top1": 0.5}],
             "test_top1": 0.5,
@@ -336,4 +344,5 @@ def test_who_loads_a_network_asks_less_than_who_wrote_it(kind: Kind, strict: Kin
 
 
 def test_the_candidates_listing():
-    CANDIDATES({"schema": "dery/candidates/3", "proxy": "probe", "candidates": [SCORED]})
+    listed = {**SCORED, "predicted": None}
+    CANDIDATES({"schema": "dery/candidates/3", "proxy": "probe", "candidates": [listed]})

@@ -95,11 +95,14 @@ def test_no_path_leads_back_or_to_an_image_or_into_a_donor_of_one_unit():
             assert before.donor != after.donor or after.start >= before.stop
 
 
-def test_scores_are_those_of_the_end_and_the_stitches():
+def test_scores_are_those_of_the_end_the_stitches_and_the_units():
     rng = np.random.default_rng(0)
     count = sum(len(a.nodes) for a in Zoo.anatomies.values())
     scores = PathScores(
-        head_V=rng.random(count), stitch_VV=-rng.random((count, count)), stitches=-0.25
+        head_V=rng.random(count),
+        stitch_VV=-rng.random((count, count)),
+        unit_V=rng.random(count),
+        last_unit_V=rng.random(count),
     )
     free, problem = stated(scores=scores)
     first = dict(zip(free.space.donors, free.space.first_D.tolist(), strict=False))
@@ -108,8 +111,12 @@ def test_scores_are_those_of_the_end_and_the_stitches():
         total = scores.head_V[first[refs[-1].donor] + refs[-1].stop]
         for before, after in itertools.pairwise(refs):
             ends = (first[before.donor] + before.stop, first[after.donor] + after.start)
-            total += scores.stitch_VV[ends] - 0.25
-        assert answer.score == pytest.approx(1e6 * total, abs=5)
+            total += scores.stitch_VV[ends]
+        for ref in refs:
+            units = slice(first[ref.donor] + ref.start + 1, first[ref.donor] + ref.stop + 1)
+            total += scores.unit_V[units].sum()
+        total += scores.last_unit_V[units].sum()
+        assert answer.score == pytest.approx(1e6 * total, abs=8)
 
 
 def test_a_large_zoo_keeps_the_best_partners_and_says_what_it_dropped(monkeypatch):
@@ -118,7 +125,12 @@ def test_a_large_zoo_keeps_the_best_partners_and_says_what_it_dropped(monkeypatc
     monkeypatch.setattr(free_space, "PARTNERS", 2)
     count = sum(len(a.nodes) for a in Zoo.anatomies.values())
     score_VV = np.random.default_rng(1).random((count, count))
-    scores = PathScores(head_V=np.zeros(count), stitch_VV=score_VV)
+    scores = PathScores(
+        head_V=np.zeros(count),
+        stitch_VV=score_VV,
+        unit_V=np.zeros(count),
+        last_unit_V=np.zeros(count),
+    )
     free, _ = stated(scores=scores)
     kept = free.space.stitches
     pairs = set(zip(kept.src.tolist(), kept.dst.tolist(), strict=True))
