@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dery_cli.core.assembly.frontier import random_feasible
+from dery_cli.core.assembly.notation import merged
 from dery_cli.errors import DeryError
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, unique
@@ -94,6 +95,27 @@ class Chooser:
                 known[candidate.key] = value
         return [dataclasses.replace(e, trial=known[e.candidate.key]) for e in entries]
 
+    def _without_idle_adapters(self, best: Scored) -> tuple[Scored, list[Scored]]:
+        """The network without each adapter that does not beat its removal in the same trial.
+
+        Returns:
+            What is left, and all that was tried for it.
+        """
+        tried: list[Scored] = []
+        while True:
+            smaller = [self._setting.priced(refs) for refs in without_adapters(best.candidate.refs)]
+            smaller = [one for one in smaller if self._setting.admits(one)]
+            if not smaller:
+                return best, tried
+            entries = self.try_out(self.score(smaller, "building without adapters"))
+            tried += entries
+            other = pick(entries)
+            assert other.held_out is not None
+            assert best.held_out is not None
+            if other.held_out < best.held_out:
+                return best, tried
+            best = other
+
     def choose(
         self,
         candidates: Sequence[Candidate],
@@ -110,7 +132,8 @@ class Chooser:
         Args:
             candidates: To build.
             controls: To compare with; a control that wins the trial is the pick.
-            num_finalists: Best by proxy that are tried.
+            num_finalists: Best by proxy that are tried; the pick loses every adapter that does not
+                beat its removal there.
             forced: Pick the first candidate, whatever the others come to.
 
         Raises:
@@ -135,8 +158,12 @@ class Chooser:
             last = list({entry.candidate.key: entry for entry in last}.values())
             built.update({e.candidate.key: e for e in self.try_out(last)})
             tried = len(last)
+        best = built[candidates[0].key] if forced else pick(list(built.values()))
+        if tried and not forced:
+            best, more = self._without_idle_adapters(best)
+            built.update({entry.candidate.key: entry for entry in more})
+            tried += len(more)
         everything = list(built.values())
-        best = built[candidates[0].key] if forced else pick(everything)
         compared = [(PICKED, best)]
         for control in controls:
             if control.candidates:
@@ -144,6 +171,15 @@ class Chooser:
                 compared.append((control.role, pick(entries)))
         compared.append(("largest candidate", built[largest.candidate.key]))
         return Choice(scored=everything, compared=compared, tried=tried)
+
+
+def without_adapters(refs: Sequence[BlockRef]) -> list[tuple[BlockRef, ...]]:
+    """The networks that are left when one adapter of a network is taken out."""
+    return [
+        merged([*refs[:place], dataclasses.replace(ref, adapter=False), *refs[place + 1 :]])
+        for place, ref in enumerate(refs)
+        if ref.adapter
+    ]
 
 
 WHOLE, ADAPTED = "best whole donor", "the same with an adapter"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -140,6 +141,25 @@ def test_a_given_network_is_picked_whatever_the_controls_come_to(chooser_of):
     found = chooser_of(builder).choose([candidate("a")], [control], num_finalists=1, forced=True)
     assert found.compared[0][1].candidate.refs[0].donor == "a"
     assert found.compared[0][1].held_out == 0.5
+
+
+@pytest.mark.parametrize(("worth", "left"), [(0.0, 1), (0.01, 3)])
+def test_an_adapter_that_does_not_beat_its_removal_is_dropped(chooser_of, worth, left):
+    class Worth(Builder):
+        def try_out(self, candidates, advance):
+            return [Judgement(0.5 + worth * len(c.refs), 1.0, 1.0) for c in candidates]
+
+    adapted = dataclasses.replace(
+        candidate("a"),
+        refs=(
+            BlockRef("a", 0, 1),
+            BlockRef("a", 1, 3, adapter=True),
+            BlockRef("a", 3, 4, adapter=True),
+        ),
+    )
+    found = chooser_of(Worth(PROXIES, {})).choose([adapted], [], num_finalists=1)
+    assert len(found.compared[0][1].candidate.refs) == left
+    assert found.compared[0][1].candidate.refs[-1].stop == 4
 
 
 def test_the_largest_is_shown_and_tried(chooser_of):
