@@ -60,12 +60,12 @@ class Part:
     """What a trial starts from, is fitted on and is asked about.
 
     Args:
-        start: Network that has not seen the images held out.
+        start: Makes the network, which has not seen the images held out; called once.
         fit: Augmented training images.
         held_out: Images as the network sees them in use, with labels.
     """
 
-    start: nn.Module
+    start: Callable[[], nn.Module]
     fit: Dataset[Any]
     held_out: Dataset[Any]
 
@@ -113,7 +113,7 @@ class FoundRate:
         lr: Peak rate of stitches and head.
         block_lr_scale: That of blocks over it.
         admitted: False where no trial allows any training: the start is to be kept.
-        start_top1: Of the starts, on the images held out.
+        start_top1: Of the starts, on the images held out that were asked about.
         images: So many.
         updates: Of all trials.
         trials: The boldest first.
@@ -280,8 +280,9 @@ def find_rate(
     allowed = allowance(config, steps, len(parts))
     if not allowed.trials:
         return None
-    right_before = [told_right(part.start, part.held_out, device) for part in parts]
     left = allowed.trials
+    starts: list[nn.Module] = []
+    right_before: list[torch.Tensor] = []
     trials: list[RateTrial] = []
     for lr, scale in rates_to_try(config):
         short = _at(
@@ -289,9 +290,12 @@ def find_rate(
         )
         ends: list[torch.Tensor | None] = []
         judged: RateTrial | None = None
-        for part in parts[:left]:
+        for number, part in enumerate(parts[:left]):
+            if number == len(starts):
+                starts.append(part.start())
+                right_before.append(told_right(starts[-1], part.held_out, device))
             right_after = trial(
-                part.start,
+                starts[number],
                 part.fit,
                 part.held_out,
                 short,

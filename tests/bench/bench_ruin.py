@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,7 +143,7 @@ def parts(
         out = (fold_N == fold).nonzero().flatten().tolist()
         found.append(
             Part(
-                start=images.build(donors, text, fit, config.seed),
+                start=partial(images.build, donors, text, fit, config.seed),
                 fit=as_dataset(ImageDataset(split, train_transform(INPUT, config), fit)),
                 held_out=as_dataset(ImageDataset(split, EvalTransform(INPUT), out)),
             )

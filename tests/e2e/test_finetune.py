@@ -12,12 +12,14 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.sets import open_data
 from dery_cli.data.splits import stratified_holdout
 from dery_cli.io.journal import Transaction
 from dery_cli.training import checkpoint as ckpt
+from dery_cli.training import rate_finder
 from dery_cli.training.runlog import run_lock
 from dery_cli.zoo.transforms import EvalTransform
 from tests.conftest import make_images, run_dery
@@ -105,13 +107,84 @@ def test_a_row_a_report_under_one_heading(copied):
 
 
 def test_a_whole_donor_is_fitted_once_and_not_for_a_run_that_is_there(copied):
-    line = "finetune --donor demo__resnext --data DATA --steps 1 --workers 1 --name whole"
+    line = (
+        "finetune --donor demo__resnext --data DATA --steps 1 --effort 0 --workers 1 --name whole"
+    )
     first = copied(*line.split())
     assert first.code == 0
     assert "fitting demo__resnext" in first.stderr
     again = copied(*line.split())
     assert "the run 'whole' is up to date" in again.stdout
     assert "fitting" not in again.stderr
+
+
+# the rate
+
+TRIED = "--steps 6 --batch-size 16 --report-every 2"
+"""On folds: there are no validation images."""
+
+
+def test_a_rate_that_was_found_is_not_searched_for_again(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(rate_finder, "choose", lambda trials: trials[1])
+    whole = tune(copied, f"{TRIED} --name whole")["result"]
+    first, second = whole["rate"]["trials"]
+    assert (first["lr"], second["lr"]) == (3e-3, 1e-3)
+    assert whole["rate"]["lr"] == 1e-3
+    assert whole["rate"]["admitted"]
+    assert whole["best"]["step"] == 6
+    line = json.loads((tmp_path / "ws/runs/whole/metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["lr"] < 1.1e-3
+    sync = ckpt.sync
+
+    def full(path):
+        if "last-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(ckpt, "sync", full)
+    refused(copied, f"{TRIED} --name parts", 1)
+    monkeypatch.setattr(ckpt, "sync", sync)
+    monkeypatch.setattr(rate_finder, "trial", None)
+    tune(copied, f"{TRIED} --name parts --resume")
+    for name in ("model.safetensors", "metrics.jsonl", "run.json", "rates.json"):
+        one, other = (tmp_path / "ws/runs" / run / name for run in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_a_start_that_no_rate_improves_is_kept(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(rate_finder, "choose", lambda trials: None)
+    tune(copied, "--steps 1 --effort 0 --name kept")  # its checkpoints are replaced
+    answer = tune(copied, f"{TRIED} --name kept")
+    assert answer["warnings"] == [
+        "no rate that was tried made the network better on images it had not seen: "
+        "the start is kept as it is; --lr trains all the same"
+    ]
+    result = answer["result"]
+    assert (result["kept_start"], result["best"]["steps"]) == (True, 0)
+    assert result["test_top1"] == result["test_top1_before"]
+    run_dir, assembly = tmp_path / "ws/runs/kept", tmp_path / "ws/assemblies/default"
+    one, other = (load_file(folder / "model.safetensors") for folder in (run_dir, assembly))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert ckpt.find_checkpoint(run_dir, "last") is None
+    assert not (run_dir / "metrics.jsonl").read_text()
+    assert "is up to date" in copied("finetune", *TRIED.split(), "--name", "kept").stdout
+
+
+def test_what_is_tried_is_shown(copied):
+    outcome = copied("finetune", *TRIED.split(), "--name", "shown")
+    assert outcome.code == 0
+    shown = " ".join(outcome.stdout.split())
+    assert "rates tried for " in shown
+    assert "images held out of the fit, in folds; the start tells 0." in shown
+    assert "rate blocks updates images top-1 gain +-" in shown
+    assert "3.0e-03 x 1 6 5" in shown  # 53 or 54 images are in a fold
+
+
+def test_a_rate_that_is_given_is_not_searched_for(copied):
+    assert "rate" not in tune(copied, "--steps 1 --lr 0.001 --name given")["result"]
+    error = refused(copied, "--steps 1 --lr 0.001 --effort 1 --name given", 2)
+    assert "--lr and --effort exclude each other" in error["message"]
 
 
 # the teacher
@@ -261,12 +334,12 @@ def test_a_disk_that_is_full_at_the_very_end_does_not_cost_the_run(copied, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Transaction, "write_tensors", full)
-    error = refused(copied, "--steps 2 --name parts", 1)
+    error = refused(copied, "--steps 2 --effort 0 --name parts", 1)
     monkeypatch.undo()
     assert "run.json: the disk is full" in error["message"]
     assert "--resume" in error["hint"]
     monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is left to train
-    tune(copied, "--steps 2 --name parts --resume")
+    tune(copied, "--steps 2 --effort 0 --name parts --resume")
 
 
 @pytest.mark.parametrize(
@@ -357,7 +430,7 @@ def test_with_validation_images_a_network_never_ends_worse_than_it_came(copied):
 
 def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
     make_images(tmp_path / "few", ["cat", "dog"], 10)
-    told = tune(copied, "--donor demo__mobilenetv3 --data ./few --steps 1 --name few")
+    told = tune(copied, "--donor demo__mobilenetv3 --data ./few --steps 1 --effort 0 --name few")
     assert told["warnings"] == [
         "16 training images are fewer than a batch of 64: it was reduced to 16"
     ]
@@ -370,7 +443,9 @@ def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
     copied, tmp_path, pipeline, number, code
 ):
-    line = shlex.split("finetune --steps 60 --report-every 60 --name parts --workspace ws")
+    line = shlex.split(
+        "finetune --steps 60 --effort 0 --report-every 60 --name parts --workspace ws"
+    )
     run_dir = tmp_path / "ws" / "runs" / "parts"
     with subprocess.Popen(
         [sys.executable, "-m", "dery_cli", *line, "--json"],
@@ -398,7 +473,7 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
 
 def test_curves_change_nothing_of_the_run(copied, tmp_path):
     pytest.importorskip("tensorboard")
-    line = "--steps 2 --name curves"
+    line = "--steps 2 --effort 0 --name curves"
     tune(copied, line)
     before = snapshot(tmp_path / "ws")
     outcome = copied("finetune", *line.split(), "--tensorboard")

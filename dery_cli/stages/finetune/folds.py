@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def make_parts(
     """
     network = start.assembly.network
     if splits.valid is not None:
-        return [Part(start=network, fit=splits.train, held_out=splits.valid)]
+        return [Part(start=lambda: network, fit=splits.train, held_out=splits.valid)]
     labels = data.train.labels
     assert labels is not None
     label_N = torch.tensor([int(labels[index]) for index in splits.kept])
@@ -75,7 +76,7 @@ def make_parts(
         out = [index for index, of in zip(splits.kept, fold_N, strict=True) if of == fold]
         parts.append(
             Part(
-                start=network if builder is None else builder.without_rest(fit),
+                start=(lambda: network) if builder is None else partial(builder.without_rest, fit),
                 fit=as_dataset(ImageDataset(data.train, augmented, fit)),
                 held_out=as_dataset(ImageDataset(data.train, transform, out)),
             )
@@ -114,7 +115,7 @@ class _Rebuild:
         fit = fit[:: -(-len(fit) // MOST_SAMPLES)]
         labels = [int(self._data.train.labels[index]) for index in fit]  # type: ignore[index]
         if self._zoo is None or self._donors is None:
-            network = _copied(assembly.network).to(self._device)
+            network = copy.deepcopy(assembly.network).to(self._device)
             network.head = None
         else:
             zoo = self._zoo
@@ -128,10 +129,6 @@ class _Rebuild:
         assert assembly.classes is not None
         fit_head(network.eval(), self._images.view(spec, fit), labels, len(assembly.classes))
         return network
-
-
-def _copied(network: AssembledNetwork) -> AssembledNetwork:
-    return copy.deepcopy(network)
 
 
 def _refs(start: Start) -> list[BlockRef]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,8 @@ def rate_of_run(
             "a higher --effort or --lr says otherwise"
         )
         return None
-    with terminal.progress("trying rates", allowed.total) as bar:
+    held = run_lock(run_dir) if processes.main else contextlib.nullcontext()
+    with held, terminal.progress("trying rates", allowed.total) as bar:
         found = find_rate(
             parts,
             config,
