@@ -138,8 +138,8 @@ EffortOption = Annotated[
     _option(
         RATES,
         "--effort",
-        help="Updates that trials of rates may take, over the run's own: 0.3 by default, and 2 "
-        "where they are judged on folds for lack of validation images; 0 for no trials.",
+        help="Updates that trials of rates may take, over the run's own: 0.3 by default; 2.5, "
+        "of which mostly a few are used, on folds for lack of validation images; 0 for none.",
     ),
 ]
 MinLrOption = Annotated[

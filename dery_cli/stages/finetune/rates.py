@@ -65,7 +65,7 @@ def rate_of_run(
         return FoundRate.from_json(told)
     parts = make_parts(space, start, data, splits, config, processes.device, scratch=scratch)
     allowed = allowance(config, steps, len(parts))
-    if not parts or not allowed.trials:
+    if not parts or allowed.total < allowed.updates:
         if splits.valid is not None:  # the best weights are no worse than the start then
             return None
         terminal.warn(

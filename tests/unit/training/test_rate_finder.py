@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from dery_cli.training import rate_finder
 from dery_cli.training.rate_finder import (
     EFFORT,
     EFFORT_ON_FOLDS,
@@ -97,21 +98,21 @@ def test_rates_go_down_from_the_recipes():
 
 
 @pytest.mark.parametrize(
-    ("effort", "steps", "parts", "updates", "trials"),
+    ("effort", "steps", "parts", "updates", "total"),
     [
-        (None, 10_000, 1, 1000, 3),
-        (None, 141, 3, FEWEST_UPDATES, 5),
-        (None, 20, 3, 20, 2),
-        (None, 100, 1, FEWEST_UPDATES, 0),
+        (None, 10_000, 1, 1000, 3000),
+        (None, 141, 3, FEWEST_UPDATES, 352),
+        (None, 20, 3, 20, 50),
+        (None, 100, 1, FEWEST_UPDATES, 30),
         (0.0, 141, 3, FEWEST_UPDATES, 0),
-        (9.0, 141, 3, 141, 9),
-        (1.0, 144, 3, FEWEST_UPDATES, 3),
+        (9.0, 141, 3, 141, 1269),
+        (1.0, 144, 3, FEWEST_UPDATES, 144),
     ],
 )
-def test_trials_keep_to_their_allowance(effort, steps, parts, updates, trials):
+def test_trials_keep_to_their_allowance(effort, steps, parts, updates, total):
     options = dataclasses.replace(config(), effort=effort)
     allowed = allowance(options, steps, parts)
-    assert (allowed.updates, allowed.trials) == (updates, trials)
+    assert (allowed.updates, allowed.total) == (updates, total)
     share = (EFFORT if parts == 1 else EFFORT_ON_FOLDS) if effort is None else effort
     assert allowed.total <= share * steps
 
@@ -157,6 +158,31 @@ def test_the_first_clear_gain_is_taken_on_folds_and_all_are_compared_on_one_part
     assert single is not None
     assert len(single.trials) == 3
     assert single == find([part()], config(effort=3.0), tmp_path)
+
+
+def test_a_rate_is_given_up_after_a_trial_as_long_as_the_run(tmp_path, monkeypatch):
+    right_N = told_right(part().start(), part().held_out, CPU)
+    assert 0 < right_N.mean() < 1
+    seen: list[int] = []
+
+    def slow(network, fit, held_out, config, folder, **how):
+        """Loses all in a short trial, gains all in a long one at the second rate."""
+        seen.append(config.steps)
+        gains = config.steps == 200 and config.lr < 0.02
+        return torch.ones(60, dtype=torch.float64) if gains else torch.zeros(60).double()
+
+    monkeypatch.setattr(rate_finder, "trial", slow)
+    found = find([part(), part(1), part(2)], config(), tmp_path, steps=200)
+    assert found is not None
+    assert seen == [55, 200, 55, 55]  # after the first long one there is no room for another
+    assert found.updates == 365
+    assert not found.admitted
+    seen.clear()
+    found = find([part(), part(1), part(2)], config(effort=3.0), tmp_path, steps=200)
+    assert found is not None
+    assert seen == [66, 200, 66, 200]
+    assert (found.admitted, found.lr) == (True, pytest.approx(0.01))
+    assert [(one.updates, one.images) for one in found.trials] == [(200, 60), (200, 60)]
 
 
 def test_nothing_is_admitted_where_every_rate_does_harm(tmp_path):
