@@ -229,7 +229,7 @@ def test_the_best_teacher_is_found_on_the_images_that_are_trained_on(copied, pip
 
 
 def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
-    base = "--steps 3 --report-every 3"
+    base = "--steps 3 --effort 0 --report-every 3"
     alone = tune(copied, f"{base} --name alone")["result"]
     assert "teacher" not in alone
     for teacher in ("demo__vit_cls", "runs/default", "assemblies/default"):
@@ -243,12 +243,12 @@ def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
 
 
 def test_a_teacher_is_part_of_what_is_resumed(copied):
-    line = "--steps 2 --name taught --distill-logits 0.3"
+    line = "--steps 2 --effort 0 --name taught --distill-logits 0.3"
     tune(copied, f"{line} --teacher demo__mobilenetv3")
     error = refused(copied, f"{line} --teacher demo__resnext --resume", 2)
     assert "was trained with the teacher demo__mobilenetv3" in error["message"]
     assert "now demo__resnext" in error["message"]
-    error = refused(copied, "--steps 2 --name taught --resume", 2)
+    error = refused(copied, "--steps 2 --effort 0 --name taught --resume", 2)
     assert "now None" in error["message"]
     tune(copied, f"{line} --teacher demo__mobilenetv3 --resume")
 
@@ -263,7 +263,7 @@ def test_teachers_that_are_refused(copied, tmp_path):
     assert "assemblies/default, runs/default" in error["hint"]
     assert snapshot(tmp_path / "ws") == before
     make_images(tmp_path / "pets", ["cat", "dog"], 10)
-    tune(copied, "--donor demo__mobilenetv3 --data ./pets --steps 1 --name pets")
+    tune(copied, "--donor demo__mobilenetv3 --data ./pets --steps 1 --effort 0 --name pets")
     error = refused(copied, "--teacher runs/pets", 2)
     assert error["message"].startswith("the teacher runs/pets tells other classes apart")
     assert "new cat, dog missing 0, 1, 2 ..." in error["message"]
@@ -368,7 +368,7 @@ def test_a_damaged_checkpoint_is_not_resumed(copied, stopped, damage, text):
 
 
 def test_other_options_replace_an_unfinished_run_and_say_so(copied, stopped):
-    told = tune(copied, "--steps 2 --name parts")["warnings"]
+    told = tune(copied, "--steps 2 --effort 0 --name parts")["warnings"]
     assert len(told) == 1
     assert told[0].startswith(f"the unfinished run in {stopped} is replaced: ")
     assert tune(copied, "--steps 3 --name parts")["warnings"] == []  # that one was finished

@@ -37,6 +37,7 @@ def rate_of_run(
     steps: int,
     record: Artifact,
     run_dir: Path,
+    resume: bool,
     settings: Mapping[str, Any],
 ) -> FoundRate | None:
     """Find the rate, or take what was found for this very run; None where none is searched for.
@@ -53,6 +54,8 @@ def rate_of_run(
         steps: Updates of the run.
         record: Of the run: what was found belongs to its parents and options.
         run_dir: The run's folder.
+        resume: Whether it must go on: where nothing was found for it, nothing is, and the loop
+            says what differs.
         settings: The teacher, as ``finetune`` takes it.
     """
     if config.effort == 0:
@@ -63,6 +66,8 @@ def rate_of_run(
     told = processes.share(None if kept is None else dict(kept.data))[0]
     if told is not None:
         return FoundRate.from_json(told)
+    if resume:
+        return None
     parts = make_parts(space, start, data, splits, config, processes.device, scratch=scratch)
     allowed = allowance(config, steps, len(parts))
     if not parts or allowed.total < allowed.updates:

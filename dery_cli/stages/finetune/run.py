@@ -230,6 +230,7 @@ def _train(
         steps=plan.steps,
         record=plan.record,
         run_dir=run_dir,
+        resume=request.resume,
         settings=settings,
     )
     before = _score(plan, config, processes.device) if processes.main else None
