@@ -37,9 +37,6 @@ from dery_cli.training.recipe import FinetuneConfig
 STEPS_DOWN = ((1.0, 1.0), (1 / 3, 1.0), (1.0, 0.1))
 """What is tried, the boldest first: factors of the rate, and of the blocks' share in it."""
 
-LAST_RESORT = 0.01
-"""Factor of the rate that is tried where at all others the loss rose."""
-
 FEWEST_UPDATES = 48
 """Of a trial, unless the whole run is shorter; a shorter one tells nothing."""
 
@@ -286,9 +283,6 @@ def find_rate(
         trials.append(judged)
         if len(parts) > 1 and judged.is_clear and judged.gain > 0:
             break
-    if all(one.diverged for one in trials):
-        last = search.judge(LAST_RESORT * config.lr, config.block_lr_scale)
-        trials += [] if last is None else [last]
     shutil.rmtree(folder / TRIAL_FOLDER, ignore_errors=True)
     chosen = choose(trials)
     best = trials[-1] if chosen is None else chosen

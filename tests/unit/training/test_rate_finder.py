@@ -190,9 +190,9 @@ def test_nothing_is_admitted_where_every_rate_does_harm(tmp_path):
     found = find([part(), part(1)], options, tmp_path)
     assert found is not None
     assert not found.admitted
-    assert [one.diverged for one in found.trials] == [True] * 4
+    assert [one.diverged for one in found.trials] == [True] * 3
     # the most cautious is named: with validation images it may be taken all the same
-    assert with_rate(options, found).lr == pytest.approx(0.01 * RUINOUS)
+    assert with_rate(options, found).block_lr_scale == pytest.approx(0.1)
 
 
 def test_gain_and_error_are_paired_image_by_image(tmp_path):
