@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -229,6 +230,7 @@ def trial(
         if "step" not in (error.details or {}):
             raise
         return None
+    PartialState().wait_for_everyone()  # all have read its weights: the next one replaces them
     return told_right(tried, held_out, device)
 
 
@@ -283,7 +285,8 @@ def find_rate(
         trials.append(judged)
         if len(parts) > 1 and judged.is_clear and judged.gain > 0:
             break
-    shutil.rmtree(folder / TRIAL_FOLDER, ignore_errors=True)
+    if PartialState().is_main_process:
+        shutil.rmtree(folder / TRIAL_FOLDER, ignore_errors=True)
     chosen = choose(trials)
     best = trials[-1] if chosen is None else chosen
     before = torch.cat(search.right_before)
