@@ -131,7 +131,17 @@ OptimizerOption = Annotated[
     _option(RATES, "--optimizer", help="Any that timm knows: adamw, sgd, lamb, lion ..."),
 ]
 LrOption = Annotated[
-    float | None, _option(RATES, "--lr", help="Peak learning rate of stitches and head.")
+    float | None,
+    _option(RATES, "--lr", help="Peak learning rate of stitches and head; none is searched for."),
+]
+EffortOption = Annotated[
+    float | None,
+    _option(
+        RATES,
+        "--effort",
+        help="Updates that trials of rates may take, over the run's own: 0.3 by default; 2.5, "
+        "of which mostly a few are used, on folds for lack of validation images; 0 for none.",
+    ),
 ]
 MinLrOption = Annotated[
     float | None, _option(RATES, "--min-lr", help="Learning rate that the cosine ends at.")

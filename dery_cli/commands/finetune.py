@@ -12,7 +12,7 @@ from dery_cli.runtime.launcher import precision
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import show_decimals
 from dery_cli.training.recipe import make_config
-from dery_cli.training.request import FinetuneRequest, check_distillation
+from dery_cli.training.request import FinetuneRequest, check_distillation, check_search
 
 
 @command
@@ -41,6 +41,7 @@ def finetune(
     report_every: opt.ReportEveryOption = None,
     optimizer: opt.OptimizerOption = None,
     lr: opt.LrOption = None,
+    effort: opt.EffortOption = None,
     min_lr: opt.MinLrOption = None,
     block_lr_scale: opt.BlockLrScaleOption = None,
     layer_decay: opt.LayerDecayOption = None,
@@ -64,18 +65,21 @@ def finetune(
 ) -> Result:
     """Fine-tune on the target's training images, and report on its test images.
 
-    What is not said is as the recipe has it. The best weights are chosen on a
-    split of the training images, or, where these are few, the last ones are
-    kept. Checkpoints are written as it goes: the same command line goes on where
-    it was interrupted, to the numbers of an uninterrupted run; other options
-    begin anew, and are refused under --resume.
+    What is not said is as the recipe has it. The rate is found by short trials
+    on images held out; where none of them gains the start is kept. The best
+    weights are chosen on a split of the training images, or, where these are
+    few, the last ones are kept. Checkpoints are written as it goes: the same
+    command line goes on where it was interrupted, to the numbers of an
+    uninterrupted run; other options begin anew, and are refused under --resume.
 
     'torchrun --nproc-per-node N -m dery_cli finetune ...', or on several GPUs
     'accelerate launch -m dery_cli finetune ...', shares every batch out among
     N processes.
     """
+    check_search(lr, effort)
     config = make_config(
         recipe,
+        effort=0.0 if lr is not None else effort,
         mode=mode,
         epochs=epochs,
         steps=steps,

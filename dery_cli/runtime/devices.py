@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dery_cli.errors import UsageError
@@ -26,3 +28,12 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise UsageError("--device meta holds no data", "use cpu, cuda or mps")
     return device
+
+
+def waiter(device: torch.device) -> Callable[[], None] | None:
+    """Waits until the device has done what it was given; None where it is never behind."""
+    if device.type == "cpu":
+        return None
+    if device.type == "mps":
+        return torch.mps.synchronize
+    return lambda: torch.accelerator.synchronize(device)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dery_cli.core.scoring import score_batch
 from dery_cli.data.batches import ErrorItems, collate, raise_errors
 from dery_cli.errors import UsageError
+from dery_cli.runtime.devices import waiter
 from dery_cli.training.sampling import check_labels, labels_of
 
 
@@ -193,6 +194,6 @@ def _to_device(
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if (wait := waiter(device)) is not None:
+        wait()
     return time.perf_counter()

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from dery_cli.data.batches import raise_errors
 from dery_cli.errors import DeryError, UsageError
+from dery_cli.runtime.devices import waiter
 from dery_cli.training import checkpoint as ckpt
 from dery_cli.training import optim
 from dery_cli.training.distill import Objective, check_head, make_trainee
@@ -62,6 +63,7 @@ def finetune(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     warn: Callable[[str], None] = warnings.warn,
+    forgiving: bool = True,
 ) -> FinetuneResult:
     """Train ``model``, keeping checkpoints and ``metrics.jsonl`` in ``run_dir``.
 
@@ -87,6 +89,7 @@ def finetune(
         progress: Called after every update, in the main process.
         stop: Asked between updates; True saves a checkpoint and returns.
         warn: Told, in one line each, what the user should know of the run.
+        forgiving: Go back and on more slowly where the loss rises; else that is an error at once.
 
     Raises:
         UsageError: Settings, data and network do not fit together.
@@ -114,6 +117,7 @@ def finetune(
         run = _Run(
             accelerator, model, train, valid, config, run_dir, classes, teacher, identity, warn
         )
+        run.most_times = MOST_TIMES if forgiving else 0
         with locked(accelerator, run_dir), Interruption(repeated=not alone) as interruption:
             try:
                 run.begin(resume)
@@ -188,11 +192,12 @@ class _Run:
         self.last_loss: float | None = None
         self.guard = LossGuard(len(classes))
         self.calmed = 0  # times that the rate was lowered
+        self.most_times = MOST_TIMES
         self.good_step = 0  # of the last report, where to go back to
         self.risen = ""  # what is wrong with the loss, where something is
         self.best: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
-        self.clock = Clock()
+        self.clock = Clock(waiter(accelerator.device))
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -267,6 +272,7 @@ class _Run:
                 lr = self._update(batches)
             report = None
             if self.step in reports:
+                self.clock.settle()  # else the report would wait for the updates
                 with self.clock.report():
                     report = self._report(lr)
                 if self.risen:
@@ -312,6 +318,7 @@ class _Run:
         patient = self.accelerator.device.type != "cpu" and not (now or (alone and stop))
         if patient and len(self.losses) < UPDATES_BETWEEN_CHECKS:
             return False
+        self.clock.settle()
         flag = torch.tensor([float(stop)], device=self.accelerator.device)
         seen = torch.cat([flag, *(loss.float().reshape(1) for loss in self.losses)])
         if not alone:
@@ -324,7 +331,7 @@ class _Run:
                 self._object(f"the loss is {loss}", step)
                 break
             self.guard.add(loss)
-            if self.guard.risen and self.calmed < MOST_TIMES:
+            if self.guard.risen and (self.calmed < self.most_times or not self.most_times):
                 self._object(f"the loss rose to {loss:.3g} from {self.guard.start:.3g}", step)
                 break
             self.loss_sum += loss
@@ -341,7 +348,7 @@ class _Run:
         Raises:
             DeryError: It was gone back too often.
         """
-        if self.calmed >= MOST_TIMES:
+        if self.calmed >= self.most_times:
             raise diverged(self.run_dir, wrong, step, self.plan.steps)
         self.risen = wrong
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,23 @@ class FinetuneResult:
     last_dir: Path
 
 
+def untrained(run_dir: Path) -> FinetuneResult:
+    """What a run comes to that keeps its start."""
+    return FinetuneResult(
+        finished=True,
+        steps=0,
+        epochs=0.0,
+        batch_size=1,
+        best_step=0,
+        best={},
+        history=(),
+        seconds=0.0,
+        updates_per_second=0.0,
+        best_dir=None,
+        last_dir=run_dir,
+    )
+
+
 def is_better(line: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
     """Whether a report's top-1, then its loss, is better than the best one's, if there is one."""
     if not best:
@@ -98,12 +115,21 @@ FULL_PER_FROZEN = 1.5
 
 
 class Clock:
-    """Seconds spent on updates and on reports, for the pace and an honest time left."""
+    """Seconds spent on updates and on reports, for the pace and an honest time left.
 
-    def __init__(self) -> None:
+    A device that works on its own is handed updates faster than it does them. So their seconds
+    count from when it was waited for: ``settle``.
+
+    Args:
+        wait: Waits until the device is idle; None where it always is.
+    """
+
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
         self.began = time.perf_counter()
         self.spent = {"full": 0.0, "frozen": 0.0, "report": 0.0}
         self.count = {"full": 0, "frozen": 0, "report": 0}
+        self._wait = wait
+        self._handed: list[tuple[str, float]] = []
 
     def update(self, *, frozen: bool) -> contextlib.AbstractContextManager[None]:
         return self._timed("frozen" if frozen else "full")
@@ -111,11 +137,28 @@ class Clock:
     def report(self) -> contextlib.AbstractContextManager[None]:
         return self._timed("report")
 
+    def settle(self) -> None:
+        """Wait for the device, and count the updates that it was handed."""
+        if self._wait is None or not self._handed:
+            return
+        start = time.perf_counter()
+        self._wait()
+        last = self._handed[-1][0]
+        self.spent[last] += time.perf_counter() - start
+        for what, seconds in self._handed:
+            self.spent[what] += seconds
+            self.count[what] += 1
+        self._handed = []
+
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.spent[what] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if self._wait is not None and what != "report":
+            self._handed.append((what, seconds))
+            return
+        self.spent[what] += seconds
         self.count[what] += 1
 
     @property

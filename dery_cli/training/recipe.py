@@ -41,7 +41,7 @@ class FinetuneConfig:
         batch_size: Images of one update, over all processes and accumulated micro-batches.
         grad_accum: Micro-batches an update is made of.
         optimizer: A name timm's optimizer factory knows.
-        lr: Peak learning rate of stitches and head.
+        lr: Peak learning rate of stitches and head; where rates are tried, the highest.
         block_lr_scale: Learning rate of the blocks as a factor of ``lr``.
         layer_decay: Further factor per donor's unit of the blocks, counted back from the head; 1 is
             none.
@@ -67,6 +67,8 @@ class FinetuneConfig:
         mixed_precision: ``no``, ``fp16`` or ``bf16``; None takes what ``accelerate launch`` says.
         seed: Of the data order, the augmentation, Mixup and dropout.
         workers: Processes that load images; the numbers do not depend on it.
+        effort: Updates that trials of rates may take, over the run's own; 0 for no trials, None
+            for what suits the images (see ``rate_finder``). The loop takes ``lr`` as it is.
         report_every: Updates between two scores, metrics lines and checkpoints; None reports at
             the end of an epoch, and not before ``MIN_UPDATES_BETWEEN_REPORTS``.
 
@@ -104,6 +106,7 @@ class FinetuneConfig:
     mixed_precision: str | None = None
     seed: int = 0
     workers: int = 0
+    effort: float | None = 0.0
     report_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +142,8 @@ class FinetuneConfig:
         for name in ("block_lr_scale", "weight_decay", "min_lr", "mixup", "cutmix"):
             check_at_least(name, getattr(self, name), 0)
         check_at_least("distill_features", self.distill_features, 0)
+        if self.effort is not None:
+            check_at_least("effort", self.effort, 0)
         if self.clip_grad is not None:
             check_at_least("clip_grad", self.clip_grad, 0)
         if self.min_lr > self.lr:
@@ -187,6 +192,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "epochs": 30,
         "batch_size": 64,
         "lr": 3e-3,
+        "effort": None,
         "block_lr_scale": 1.0,
         "warmup": 0.1,
         "clip_grad": 1.0,

@@ -86,3 +86,16 @@ def check_distillation(teacher: str | None, logits: float, features: float, give
             "--teacher with --distill-logits 0 and --distill-features 0 teaches nothing",
             "leave one of them above 0",
         )
+
+
+def check_search(lr: float | None, effort: float | None) -> None:
+    """Refuse a rate together with an allowance to search for one.
+
+    Raises:
+        UsageError: Both are there.
+    """
+    if lr is not None and effort:
+        raise UsageError(
+            "--lr and --effort exclude each other: a rate that is given is not searched for",
+            "leave out one of them",
+        )

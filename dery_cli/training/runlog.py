@@ -16,7 +16,7 @@ from dery_cli.errors import DeryError
 from dery_cli.io.files import PENDING, not_written, replace_text
 from dery_cli.io.journal import tidy
 from dery_cli.io.schema import fields, integer, plain
-from dery_cli.training.checkpoint import GO_ON
+from dery_cli.training.checkpoint import GO_ON, keep_only
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
@@ -49,6 +49,17 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove the checkpoints and metrics of an earlier run.
+
+    Raises:
+        DeryError: Another process is at work in the folder, or it cannot be written to.
+    """
+    with run_lock(run_dir):
+        keep_only(run_dir, last=None, best=None)
+        rewind_metrics(run_dir, -1)
 
 
 def settle_run(run_dir: Path) -> None:

@@ -24,7 +24,7 @@ STAGES = {
     "sim": "sim",
     "partition": "partition -K 3 --eps 0.5",
     "assemble": "assemble --max-params 700k --effort 6",
-    "finetune": "finetune --steps 8",
+    "finetune": "finetune --steps 8 --effort 0",
     "eval": "eval",
 }
 

@@ -22,7 +22,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval_data")
     make_images(root / "pets", ["ant", "bee"], 12)
     lines = ("zoo add demo/mobilenetv3 demo/resnext", f"embed --data {root / 'pets'}", *STAGES)
-    lines += ("finetune --steps 2 --name all",)
+    lines += ("finetune --steps 2 --effort 0 --name all",)
     for line in lines:
         outcome = run_dery(*line.split(), "--workspace", str(root / "ws"))
         assert outcome.code == 0, outcome.stderr
@@ -42,7 +42,18 @@ def test_images_that_came_later(made, what):
         assert "changed since the network was trained: it may have seen some of" in warning
         assert warnings("--split", "train") == []
         if what.startswith("assemblies"):
-            line = ("finetune", "--steps", "1", "--name", "late", "-w", str(made / "ws"), "--json")
+            line = (
+                "finetune",
+                "--steps",
+                "1",
+                "--effort",
+                "0",
+                "--name",
+                "late",
+                "-w",
+                str(made / "ws"),
+                "--json",
+            )
             told = "changed since the network was assembled: it may have seen some"
             assert any(told in warning for warning in run_dery(*line).json["warnings"])
             line = (*line, "--scratch")

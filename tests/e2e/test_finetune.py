@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import json
 import shlex
 import signal
@@ -12,6 +14,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dery_cli.core.stitching.probe import fit_classifier
 from dery_cli.data.samples import choose_samples
@@ -19,6 +22,7 @@ from dery_cli.data.sets import open_data
 from dery_cli.data.splits import stratified_holdout
 from dery_cli.io.journal import Transaction
 from dery_cli.training import checkpoint as ckpt
+from dery_cli.training import rate_finder
 from dery_cli.training.runlog import run_lock
 from dery_cli.zoo.transforms import EvalTransform
 from tests.conftest import make_images, run_dery
@@ -106,13 +110,84 @@ def test_a_row_a_report_under_one_heading(copied):
 
 
 def test_a_whole_donor_is_fitted_once_and_not_for_a_run_that_is_there(copied):
-    line = "finetune --donor demo__resnext --data DATA --steps 1 --workers 1 --name whole"
+    line = (
+        "finetune --donor demo__resnext --data DATA --steps 1 --effort 0 --workers 1 --name whole"
+    )
     first = copied(*line.split())
     assert first.code == 0
     assert "fitting demo__resnext" in first.stderr
     again = copied(*line.split())
     assert "the run 'whole' is up to date" in again.stdout
     assert "fitting" not in again.stderr
+
+
+# the rate
+
+TRIED = "--steps 6 --batch-size 16 --report-every 2"
+"""On folds: there are no validation images."""
+
+
+def test_a_rate_that_was_found_is_not_searched_for_again(copied, tmp_path, monkeypatch):
+    slower = functools.partial(dataclasses.replace, lr=1e-3)
+    monkeypatch.setattr(rate_finder, "choose", lambda trials: slower(trials[0]))
+    whole = tune(copied, f"{TRIED} --name whole")["result"]
+    assert whole["rate"]["trials"][0]["lr"] == 3e-3
+    assert whole["rate"]["lr"] == 1e-3
+    assert whole["rate"]["admitted"]
+    assert whole["best"]["step"] == 6
+    line = json.loads((tmp_path / "ws/runs/whole/metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["lr"] < 1.1e-3
+    sync = ckpt.sync
+
+    def full(path):
+        if "last-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(ckpt, "sync", full)
+    refused(copied, f"{TRIED} --name parts", 1)
+    monkeypatch.setattr(ckpt, "sync", sync)
+    monkeypatch.setattr(rate_finder, "trial", None)
+    tune(copied, f"{TRIED} --name parts --resume")
+    for name in ("model.safetensors", "metrics.jsonl", "run.json", "rates.json"):
+        one, other = (tmp_path / "ws/runs" / run / name for run in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_a_start_that_no_rate_improves_is_kept(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(rate_finder, "choose", lambda trials: None)
+    tune(copied, "--steps 1 --effort 0 --name kept")  # its checkpoints are replaced
+    answer = tune(copied, f"{TRIED} --name kept")
+    assert answer["warnings"] == [
+        "no rate that was tried made the network better on images it had not seen: "
+        "the start is kept as it is; --lr trains all the same"
+    ]
+    result = answer["result"]
+    assert (result["kept_start"], result["best"]["steps"]) == (True, 0)
+    assert result["test_top1"] == result["test_top1_before"]
+    run_dir, assembly = tmp_path / "ws/runs/kept", tmp_path / "ws/assemblies/default"
+    one, other = (load_file(folder / "model.safetensors") for folder in (run_dir, assembly))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert ckpt.find_checkpoint(run_dir, "last") is None
+    assert not (run_dir / "metrics.jsonl").read_text()
+    assert "is up to date" in copied("finetune", *TRIED.split(), "--name", "kept").stdout
+
+
+def test_what_is_tried_is_shown(copied):
+    outcome = copied("finetune", *TRIED.split(), "--name", "shown")
+    assert outcome.code == 0
+    shown = " ".join(outcome.stdout.split())
+    assert "rates tried for " in shown
+    assert "images held out of the fit, in folds; the start tells 0." in shown
+    assert "rate blocks updates images top-1 gain +-" in shown
+    assert "3.0e-03 x 1 6 5" in shown  # 53 or 54 images are in a fold
+
+
+def test_a_rate_that_is_given_is_not_searched_for(copied):
+    assert "rate" not in tune(copied, "--steps 1 --lr 0.001 --name given")["result"]
+    error = refused(copied, "--steps 1 --lr 0.001 --effort 1 --name given", 2)
+    assert "--lr and --effort exclude each other" in error["message"]
 
 
 # the teacher
@@ -157,7 +232,7 @@ def test_the_best_teacher_is_found_on_the_images_that_are_trained_on(copied, pip
 
 
 def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
-    base = "--steps 3 --report-every 3"
+    base = "--steps 3 --effort 0 --report-every 3"
     alone = tune(copied, f"{base} --name alone")["result"]
     assert "teacher" not in alone
     for teacher in ("demo__vit_cls", "runs/default", "assemblies/default"):
@@ -171,12 +246,12 @@ def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
 
 
 def test_a_teacher_is_part_of_what_is_resumed(copied):
-    line = "--steps 2 --name taught --distill-logits 0.3"
+    line = "--steps 2 --effort 0 --name taught --distill-logits 0.3"
     tune(copied, f"{line} --teacher demo__mobilenetv3")
     error = refused(copied, f"{line} --teacher demo__resnext --resume", 2)
     assert "was trained with the teacher demo__mobilenetv3" in error["message"]
     assert "now demo__resnext" in error["message"]
-    error = refused(copied, "--steps 2 --name taught --resume", 2)
+    error = refused(copied, "--steps 2 --effort 0 --name taught --resume", 2)
     assert "now None" in error["message"]
     tune(copied, f"{line} --teacher demo__mobilenetv3 --resume")
 
@@ -191,7 +266,7 @@ def test_teachers_that_are_refused(copied, tmp_path):
     assert "assemblies/default, runs/default" in error["hint"]
     assert snapshot(tmp_path / "ws") == before
     make_images(tmp_path / "pets", ["cat", "dog"], 10)
-    tune(copied, "--donor demo__mobilenetv3 --data ./pets --steps 1 --name pets")
+    tune(copied, "--donor demo__mobilenetv3 --data ./pets --steps 1 --effort 0 --name pets")
     error = refused(copied, "--teacher runs/pets", 2)
     assert error["message"].startswith("the teacher runs/pets tells other classes apart")
     assert "new cat, dog missing 0, 1, 2 ..." in error["message"]
@@ -216,10 +291,10 @@ def test_what_cannot_be_is_refused_before_teachers_are_compared(copied, line, te
 
 def test_a_launchers_precision_is_the_runs(copied, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    tune(copied, "--steps 1 --name half")
+    tune(copied, "--steps 1 --effort 0 --name half")
     assert record(tmp_path / "ws", "half")["options"]["mixed_precision"] == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    error = refused(copied, "--steps 1 --name half --resume", 2)
+    error = refused(copied, "--steps 1 --effort 0 --name half --resume", 2)
     assert "was trained with mixed_precision bf16, now no" in error["message"]
 
 
@@ -262,12 +337,12 @@ def test_a_disk_that_is_full_at_the_very_end_does_not_cost_the_run(copied, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Transaction, "write_tensors", full)
-    error = refused(copied, "--steps 2 --name parts", 1)
+    error = refused(copied, "--steps 2 --effort 0 --name parts", 1)
     monkeypatch.undo()
     assert "run.json: the disk is full" in error["message"]
     assert "--resume" in error["hint"]
     monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is left to train
-    tune(copied, "--steps 2 --name parts --resume")
+    tune(copied, "--steps 2 --effort 0 --name parts --resume")
 
 
 @pytest.mark.parametrize(
@@ -296,10 +371,12 @@ def test_a_damaged_checkpoint_is_not_resumed(copied, stopped, damage, text):
 
 
 def test_other_options_replace_an_unfinished_run_and_say_so(copied, stopped):
-    told = tune(copied, "--steps 2 --name parts")["warnings"]
+    told = tune(copied, "--steps 2 --effort 0 --name parts")["warnings"]
     assert len(told) == 1
     assert told[0].startswith(f"the unfinished run in {stopped} is replaced: ")
-    assert tune(copied, "--steps 3 --name parts")["warnings"] == []  # that one was finished
+    assert (
+        tune(copied, "--steps 3 --effort 0 --name parts")["warnings"] == []
+    )  # that one was finished
 
 
 def test_a_damaged_checkpoint_is_begun_anew_without_resume(copied, tmp_path, stopped):
@@ -358,7 +435,7 @@ def test_with_validation_images_a_network_never_ends_worse_than_it_came(copied):
 
 def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
     make_images(tmp_path / "few", ["cat", "dog"], 10)
-    told = tune(copied, "--donor demo__mobilenetv3 --data ./few --steps 1 --name few")
+    told = tune(copied, "--donor demo__mobilenetv3 --data ./few --steps 1 --effort 0 --name few")
     assert told["warnings"] == [
         "16 training images are fewer than a batch of 64: it was reduced to 16"
     ]
@@ -371,7 +448,9 @@ def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
     copied, tmp_path, pipeline, number, code
 ):
-    line = shlex.split("finetune --steps 60 --report-every 60 --name parts --workspace ws")
+    line = shlex.split(
+        "finetune --steps 60 --effort 0 --report-every 60 --name parts --workspace ws"
+    )
     run_dir = tmp_path / "ws" / "runs" / "parts"
     with subprocess.Popen(
         [sys.executable, "-m", "dery_cli", *line, "--json"],
@@ -399,7 +478,7 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
 
 def test_curves_change_nothing_of_the_run(copied, tmp_path):
     pytest.importorskip("tensorboard")
-    line = "--steps 2 --name curves"
+    line = "--steps 2 --effort 0 --name curves"
     tune(copied, line)
     before = snapshot(tmp_path / "ws")
     outcome = copied("finetune", *line.split(), "--tensorboard")

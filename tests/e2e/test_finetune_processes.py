@@ -68,7 +68,7 @@ def test_one_process_speaks_and_writes(ws, pipeline):
 def test_the_numbers_are_those_of_one_process_without_batch_norm(ws):
     """ConvNeXt has none, nor dropout; the crop's shift is left out."""
     line = (
-        "finetune --donor demo__convnext --data demo --steps 6 --report-every 3 "
+        "finetune --donor demo__convnext --data demo --steps 6 --effort 0 --report-every 3 "
         "--crop-padding 0 --valid-fraction 0.2 --name"
     )
     assert run_dery(*line.split(), "one", "--workspace", str(ws)).code == 0
@@ -132,7 +132,7 @@ main()
 )
 def test_when_one_process_fails_all_end_and_the_main_one_says_why(ws, tmp_path, what, message):
     (tmp_path / "faults.py").write_text(FAULTS)
-    line = f"{what} finetune --steps 40 --report-every 2 --name two"
+    line = f"{what} finetune --steps 40 --effort 0 --report-every 2 --name two"
     # a collective would wait for half an hour
     code, told, err = outcome(start(ws, line, program=tmp_path / "faults.py"), timeout=120)
     assert code == 1
@@ -150,7 +150,7 @@ def test_when_one_process_fails_all_end_and_the_main_one_says_why(ws, tmp_path, 
 @pytest.mark.parametrize("to", ["launcher", "group", "second"])
 def test_a_signal_saves_in_all_processes(ws, number, word, to):
     """A terminal sends it to the group, and the launcher then once more to its processes."""
-    line = "finetune --steps 300 --report-every 300 --name two"
+    line = "finetune --steps 300 --effort 0 --report-every 300 --name two"
     process = start(ws, line)
     run_dir = ws / "runs" / "two"
     while ckpt.find_checkpoint(run_dir, "last") is None:

@@ -41,7 +41,7 @@ def test_all_stages(folder, tmp_path):
         "sim",
         "partition -K 2 --eps 0.5",
         "assemble --effort 1",
-        "finetune --steps 2",
+        "finetune --steps 2 --effort 0",
     ):
         outcome = dery(line)
         assert outcome.code == 0, outcome.stderr

@@ -40,7 +40,7 @@ def test_blocks_builds_exactly_that_network(copied, tmp_path):
     with torch.no_grad():
         assert network(x).shape == (3, 10)
     assert copied("eval", "assemblies/default", "--json").code == 0
-    tuned = copied("finetune", "--steps", "2", "--json")
+    tuned = copied("finetune", "--steps", "2", "--effort", "0", "--json")
     assert tuned.code == 0, tuned.stderr
     assert tuned.json["result"]["start"] == result["name"]
 

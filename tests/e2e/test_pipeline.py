@@ -244,7 +244,18 @@ def test_training_moved_the_weights_and_wrote_metrics(pipeline):
 
 
 def test_frozen_mode_moves_stitches_and_head_only(copied, tmp_path):
-    outcome = copied("finetune", "--mode", "frozen", "--steps", "4", "--name", "frozen", "--json")
+    outcome = copied(
+        "finetune",
+        "--mode",
+        "frozen",
+        "--steps",
+        "4",
+        "--effort",
+        "0",
+        "--name",
+        "frozen",
+        "--json",
+    )
     assert outcome.code == 0
     before, _ = dery_cli.load_assembly(tmp_path / "ws" / "assemblies" / "default")
     after, _ = dery_cli.load_assembly(tmp_path / "ws" / "runs" / "frozen")
@@ -254,7 +265,7 @@ def test_frozen_mode_moves_stitches_and_head_only(copied, tmp_path):
 
 
 def test_few_images_are_all_trained_on(copied):
-    outcome = copied("finetune", "--steps", "2", "--name", "few", "--json")
+    outcome = copied("finetune", "--steps", "2", "--effort", "0", "--name", "few", "--json")
     assert outcome.code == 0
     assert "valid_top1" not in outcome.json["result"]["best"]
     assert outcome.json["result"]["best"]["epochs"] == pytest.approx(2 * 64 / (10 * TRAIN))
@@ -307,12 +318,23 @@ def test_removing_a_donor_computes_no_pair_again(copied, tmp_path):
 
 def test_whole_donor_and_scratch_are_controls(copied):
     whole = copied(
-        "finetune", "--donor", "demo__mobilenetv3", "--data", "DATA", "--steps", "2", "--json"
+        "finetune",
+        "--donor",
+        "demo__mobilenetv3",
+        "--data",
+        "DATA",
+        "--steps",
+        "2",
+        "--effort",
+        "0",
+        "--json",
     )
     assert whole.code == 0, whole.stderr
     assert whole.json["result"]["start"] == "demo__mobilenetv3[0:8]"
     assert whole.json["result"]["test_top1_before"] > 0.4
-    scratch = copied("finetune", "--scratch", "--name", "scratch", "--steps", "2", "--json")
+    scratch = copied(
+        "finetune", "--scratch", "--name", "scratch", "--steps", "2", "--effort", "0", "--json"
+    )
     assert scratch.code == 0, scratch.stderr
     assert scratch.json["result"]["test_top1_before"] < 0.35
     assert scratch.json["result"]["params"] == copied("eval", "runs/scratch", "--json").json[

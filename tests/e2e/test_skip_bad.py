@@ -20,7 +20,7 @@ STAGES = {
     "sim": "sim",
     "partition": "partition -K 2 --eps 0.5",
     "assemble": "assemble --effort 1",
-    "finetune": "finetune --steps 2",
+    "finetune": "finetune --steps 2 --effort 0",
     "eval": "eval",
 }
 
@@ -107,7 +107,7 @@ def test_everything_is_as_if_the_files_were_not_there(made):
     [
         ("embed --samples 60", "train"),
         ("assemble --effort 1 --name other", "train"),
-        ("finetune --steps 2 --name other", "val"),
+        ("finetune --steps 2 --effort 0 --name other", "val"),
         ("eval", "val"),
     ],
 )
@@ -129,7 +129,7 @@ def test_without_the_option_a_broken_file_is_named(bad, made, tmp_path, line, pa
     "line",
     [
         "assemble --effort 1 --name other",
-        "finetune --steps 2 --name other",
+        "finetune --steps 2 --effort 0 --name other",
         "eval",
     ],
 )

@@ -394,6 +394,9 @@ def _describe(setting: Setting, best: Scored, built: CompleteNetwork) -> dict[st
         "split": setting.split.to_json(),
         "fitted_on": FITTED_ON[setting.config.purpose] if target.valid_indices else "all",
         "batch_norm": chosen.reestimated,
+        "head": None
+        if best.trial is None
+        else {"penalty": best.trial.penalty, "temperature": best.trial.temperature},
         "match": None if built.match is None else dataclasses.asdict(built.match),
     }
 

@@ -71,6 +71,7 @@ ASSEMBLY = dataclasses.replace(
             "input_shape": row(integer(1), integer(1), integer(1)),
             "budget": any_text,
             "batch_norm": boolean,
+            "head": optional(fields({"penalty": number(), "temperature": number()})),
             "match": optional(fields({"before": number(), "after": number(), "kept": boolean})),
             "proxy": fields({"name": any_text, "score": SCORE}),
             "held_out": SCORE,

@@ -19,7 +19,8 @@ from dery_cli.io.records import Artifact
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
 from dery_cli.sizes import show_duration
-from dery_cli.stages.finetune.refit import refit_start
+from dery_cli.stages.finetune.rates import rate_of_run
+from dery_cli.stages.finetune.rebuild import refit_start
 from dery_cli.stages.finetune.splits import Splits, choose_split, make_splits
 from dery_cli.stages.finetune.start import (
     Start,
@@ -39,10 +40,11 @@ from dery_cli.training.evaluate import EvalResult, evaluate
 from dery_cli.training.loop import finetune
 from dery_cli.training.optim import make_optimizer, parameter_groups
 from dery_cli.training.plan import make_plan
-from dery_cli.training.progress import CALMER, FinetuneResult, Progress
+from dery_cli.training.progress import CALMER, FinetuneResult, Progress, untrained
+from dery_cli.training.rate_finder import FoundRate, with_rate
 from dery_cli.training.recipe import FinetuneConfig
 from dery_cli.training.request import FinetuneRequest
-from dery_cli.training.runlog import run_lock, settle_run
+from dery_cli.training.runlog import clear_run, run_lock, settle_run
 from dery_cli.training.tensorboard import Curves
 from dery_cli.zoo.networks import MODEL_FILE
 from dery_cli.zoo.transforms import DEFAULT_CROP
@@ -117,11 +119,13 @@ class _Trained:
         before: Score on the test images before, if there are any.
         result: Of the loop; the network holds the best weights.
         teacher: That it learned from, or None.
+        rate: That was found for it, or None where none was searched for.
     """
 
     before: EvalResult | None
     result: FinetuneResult
     teacher: LoadedTeacher | None
+    rate: FoundRate | None
 
 
 def _prepare(
@@ -229,8 +233,33 @@ def _train(
             seed=config.seed,
             workers=config.workers,
         )
+    settings: dict[str, Any] = {
+        "teacher": None if teacher is None else teacher.module,
+        "teacher_identity": "" if teacher is None else teacher.identity,
+    }
+    rate = rate_of_run(
+        terminal,
+        space,
+        plan.start,
+        plan.data,
+        plan.splits,
+        config,
+        processes,
+        scratch=request.scratch,
+        steps=plan.steps,
+        record=plan.record,
+        run_dir=run_dir,
+        resume=request.resume,
+        settings=settings,
+    )
     before = _score(plan, config, processes.device) if processes.main else None
     processes.share(None)  # the others wait for the score, however long it takes
+    if rate is not None and not rate.admitted and plan.splits.valid is None:
+        if processes.main:
+            clear_run(run_dir)
+        return _Trained(before=before, result=untrained(run_dir), teacher=teacher, rate=rate)
+    if rate is not None:
+        config = with_rate(config, rate)
     curves = Curves(run_dir) if request.tensorboard and processes.main else None
     table = _table(terminal, validated=plan.splits.valid is not None)
     with terminal.progress("fine-tuning", plan.steps) as bar:
@@ -252,8 +281,7 @@ def _train(
             classes=plan.classes,
             device=processes.device,
             resume=request.resume or None,
-            teacher=None if teacher is None else teacher.module,
-            teacher_identity="" if teacher is None else teacher.identity,
+            **settings,
             origin={
                 "start": f"{plan.start.name} {plan.start.parent[:16]}",
                 "data": plan.splits.digest[:16],
@@ -264,7 +292,7 @@ def _train(
         bar.update(result.steps)
     if curves is not None:
         curves.close()
-    return _Trained(before=before, result=result, teacher=teacher)
+    return _Trained(before=before, result=result, teacher=teacher, rate=rate)
 
 
 def _score(plan: _Plan, config: FinetuneConfig, device: torch.device) -> EvalResult | None:
@@ -318,6 +346,9 @@ def _write(
         "test_loss": test_loss,
         "test_images": None if after is None else after.images,
     }
+    if trained.rate is not None:
+        data["rate"] = trained.rate.to_json()
+        data["kept_start"] = result.best_step == 0
     if teacher is not None:
         data["teacher"] = {
             "name": teacher.name,

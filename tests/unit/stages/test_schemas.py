@@ -194,6 +194,7 @@ RECORDS: list[Artifact] = [
             "input_shape": [3, 8, 8],
             "budget": "30M params",
             "batch_norm": False,
+            "head": {"penalty": 0.1, "temperature": 5.0},
             "match": {"before": 0.1, "after": 0.2, "kept": True},
             "proxy": {"name": "probe", "score": 0.5},
             "held_out": None,

@@ -49,3 +49,22 @@ def test_full_updates_are_not_taken_for_frozen_ones(now):
         spend(now, clock.update(frozen=True), 2.0)
     spend(now, clock.update(frozen=False), 5.0)
     assert clock.eta(both, 5, 0) == 5 * 5.0
+
+
+def test_updates_handed_to_a_device_count_from_when_it_was_waited_for(now):
+    def wait():
+        now[0] += 7.0
+
+    clock = Clock(wait)
+    for _ in range(4):
+        spend(now, clock.update(frozen=False), 0.25)
+    assert clock.eta(plan("full"), 4, 0) is None
+    assert clock.updates_per_second == 0
+    clock.settle()
+    assert clock.updates_per_second == pytest.approx(4 / 8)
+    assert clock.eta(plan("full"), 4, 0) == 6 * 2.0
+    spend(now, clock.update(frozen=False), 0.25)  # not done yet: it makes the pace no faster
+    assert clock.eta(plan("full"), 5, 0) == 5 * 2.0
+    clock.settle()
+    clock.settle()  # nothing to wait for
+    assert clock.updates_per_second == pytest.approx(5 / 15.25)
