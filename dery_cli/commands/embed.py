@@ -12,7 +12,6 @@ from dery_cli.commands._options import (
     DeviceOption,
     Result,
     SeedOption,
-    WorkersOption,
     WorkspaceOption,
     command,
     open_workspace,
@@ -69,13 +68,22 @@ def embed(
             "--threads",
             envvar="DERY_THREADS",
             min=1,
-            help="CPU threads of each process; all cores by default, whatever a launcher sets.",
+            help="CPU threads of each process; by default its share of the machine's cores, "
+            "whatever a launcher sets.",
         ),
     ] = None,
     workspace: WorkspaceOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
-    workers: WorkersOption = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            help="Threads of each process that decode images, once for all donors; 0: none beside "
+            "the main one. By default its share of the machine's cores.",
+        ),
+    ] = None,
 ) -> Result:
     """Run the calibration images through every donor and keep the features at its nodes.
 

@@ -21,7 +21,9 @@ class EmbedConfig:
         skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
         donors: Embed these; empty for the whole zoo.
         dry_run: Only say what would be written.
-        threads: CPU threads of each process; None for all cores.
+        threads: CPU threads of each process; None for its share of the machine's cores.
+        workers: Threads of each process that decode images; None for the same share. The features
+            do not depend on it.
     """
 
     data: str
@@ -37,7 +39,7 @@ class EmbedConfig:
     dry_run: bool = False
     device: str | None = None
     threads: int | None = None
-    workers: int = 0
+    workers: int | None = None
 
     DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
 
@@ -51,7 +53,8 @@ class EmbedConfig:
             raise UsageError(
                 f"--batch-size is '{self.batch_size}'", f"give a number of images, or {AUTO}"
             )
-        check_at_least("--workers", self.workers, 0)
+        if self.workers is not None:
+            check_at_least("--workers", self.workers, 0)
         check_one_of("--dtype", self.dtype, self.DTYPES)
         check_between("--crop", self.crop, 0, 1)
         check_above("--crop", self.crop)

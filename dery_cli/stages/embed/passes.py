@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,17 +20,19 @@ from torch import Tensor
 from dery_cli.core.cost.memory import PeakBytes
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.features import BatchFeatures, embed_batches, feature_specs
-from dery_cli.data.batches import ImageBatches, batch_spans
+from dery_cli.data.batches import KEEP_BYTES, ImageStore, batch_spans
 from dery_cli.data.sets import DataSet, open_data
 from dery_cli.io.artifacts import Workspace
-from dery_cli.runtime.launcher import Dismissed
-from dery_cli.runtime.processes import NoMemoryError, Processes
+from dery_cli.runtime.launcher import Dismissed, local_count
+from dery_cli.runtime.processes import NoMemoryError, Processes, own_cores
 from dery_cli.stages.embed.config import EmbedConfig
-from dery_cli.types import Donor, Node
+from dery_cli.types import Donor, InputSpec, Node
 from dery_cli.zoo.registry import load_donor
 
 LARGEST_AUTO = 512
 """Beyond this many images a batch gains nothing."""
+_KEPT_SHARE = 4
+"""Decoded images take one part in so many of the free memory, and no more than ``KEEP_BYTES``."""
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -56,7 +57,7 @@ def embedding_specs(
 
 
 class Embedder:
-    """Embeds donor after donor.
+    """Embeds donor after donor; each image is decoded once for all of them.
 
     The main process calls ``load``, then ``rows``; the others call ``follow`` once, which does the
     same there.
@@ -66,6 +67,7 @@ class Embedder:
         config: Options; the same in all processes.
         processes: Who takes part.
         images: The opened data of ``config``; opened when needed if left out.
+        inputs: What each donor to come takes; of use in the main process alone.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class Embedder:
         config: EmbedConfig,
         processes: Processes,
         images: DataSet | None = None,
+        inputs: Sequence[InputSpec] = (),
     ) -> None:
         self._space = space
         self._config = config
         self._processes = processes
-        self._images = images
+        self._images, self._inputs = images, list(inputs)
+        self._store: ImageStore | None = None
         self._donor: Donor | None = None
         self._dissection: Dissection | None = None
         self._indices: list[int] = []
@@ -100,6 +104,7 @@ class Embedder:
             "indices": list(indices),
             "batch_size": batch_size,
             "left_out": () if self._images is None else self._images.left_out,
+            "inputs": [spec.to_json() for spec in self._inputs],
         }
         self._processes.order(order)
         return self._load(donor, order)
@@ -144,6 +149,9 @@ class Embedder:
                 left_out = iter(order["left_out"])
                 screen = (lambda _split: next(left_out)) if order["left_out"] else None
                 self._images = open_data(self._config.data, screen)
+            if self._store is None or order["indices"] != self._indices:
+                inputs = [InputSpec.from_json(spec) for spec in order["inputs"]]
+                self._store = self._decoder(self._images, order["indices"], inputs)
             self._dissection = None  # the last donor's memory is free before this one is built
             dissection = load_donor(donor, self._space, device=self._processes.device)
             self._donor, self._dissection, self._indices = donor, dissection, order["indices"]
@@ -153,6 +161,23 @@ class Embedder:
             failure = error
         self._processes.check(failure)
         return int(min(self._processes.share(size)))
+
+    def _decoder(
+        self, images: DataSet, indices: Sequence[int], inputs: Sequence[InputSpec]
+    ) -> ImageStore:
+        """Where images come from; a single donor looks at each once, so that none is kept."""
+        device, workers = self._processes.device, self._config.workers
+        room = min(KEEP_BYTES, free_memory(torch.device("cpu")) // _KEPT_SHARE)
+        return ImageStore(
+            images.train,
+            indices,
+            crop=self._config.crop,
+            batch_size=LARGEST_AUTO,
+            device=device,
+            workers=own_cores() if workers is None else workers,
+            keep_bytes=room if len(inputs) > 1 else 0,
+            inputs=inputs,
+        )
 
     def _rows(self, batch_size: int, dtype: str) -> Iterator[dict[str, Tensor]]:
         assert self._donor is not None
@@ -185,17 +210,11 @@ class Embedder:
         """This process's part of the plan."""
         assert self._donor is not None
         assert self._dissection is not None
-        assert self._images is not None
+        assert self._store is not None
         config, processes = self._config, self._processes
-        batches = ImageBatches(
-            self._images.train,
-            self._indices,
-            self._donor.input,
-            crop=config.crop,
-            batch_size=batch_size,
-            device=processes.device,
-            workers=config.workers,
-            share=(processes.rank, processes.count),
+        mine = batch_spans(len(self._indices), batch_size)[processes.rank :: processes.count]
+        batches = self._store.given_batches(
+            self._donor.input, [self._indices[start:stop] for start, stop in mine]
         )
         dtype = _DTYPES[config.dtype]
         if processes.count == 1:
@@ -207,8 +226,7 @@ class Embedder:
                 dtype=dtype,
             )
             return
-        starts = range(0, len(self._indices), batch_size)[processes.rank :: processes.count]
-        for start, x_NCHW in zip(starts, batches, strict=True):
+        for (start, _stop), x_NCHW in zip(mine, batches, strict=True):
             yield from embed_batches(
                 self._dissection,
                 [x_NCHW],
@@ -279,4 +297,4 @@ def free_memory(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file
             folder = Path("/sys/fs/cgroup")
             free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(0, free) // local_count()

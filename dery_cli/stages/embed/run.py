@@ -165,7 +165,8 @@ def _embed(
         terminal.say(f"all {len(plan.records)} embeddings are up to date")
         return
     _check_disk(space, sum(plan.sizes.values()))
-    embedder = Embedder(space, config, processes, images)
+    inputs = [plan.donors[name].input for name in plan.todo]
+    embedder = Embedder(space, config, processes, images, inputs)
     for name in plan.todo:
         record = plan.records[name]
         try:
