@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dery_cli.errors import DeryError, ExitCode, UsageError
-from dery_cli.runtime.devices import pick_device
+from dery_cli.runtime.devices import forbid_tf32, pick_device
 from dery_cli.runtime.launcher import (
     Dismissed,
     alone_by_mistake,
@@ -129,6 +129,7 @@ class LaunchedProcesses(Processes):
         import torch.distributed as dist
         from accelerate import PartialState
 
+        forbid_tf32()
         state: Any = PartialState(cpu=device_name == "cpu" or launched_on_cpus())
         self._state = state
         self.rank, self.count = int(state.process_index), int(state.num_processes)

@@ -6,9 +6,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from dery_cli.errors import UsageError
+from dery_cli.runtime.devices import AUTO, PRECISIONS
 from dery_cli.sizes import check_above, check_at_least, check_between, check_one_of, check_seed
-
-AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +18,7 @@ class EmbedConfig:
         batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
             among its options, and the size it came to among its data.
         skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
+        precision: Of the forward passes; the artifact names this, and what it came to.
         donors: Embed these; empty for the whole zoo.
         dry_run: Only say what would be written.
         threads: CPU threads of each process; None for its share of the machine's cores.
@@ -32,6 +32,7 @@ class EmbedConfig:
     grid_samples: int = 256
     batch_size: int | str = 64
     dtype: str = "fp16"
+    precision: str = AUTO
     crop: float = 0.95
     skip_bad: bool = False
     seed: int = 0
@@ -56,6 +57,7 @@ class EmbedConfig:
         if self.workers is not None:
             check_at_least("--workers", self.workers, 0)
         check_one_of("--dtype", self.dtype, self.DTYPES)
+        check_one_of("--precision", self.precision, PRECISIONS)
         check_between("--crop", self.crop, 0, 1)
         check_above("--crop", self.crop)
         check_seed(self.seed)
@@ -69,6 +71,7 @@ class EmbedConfig:
             "grid_samples": self.grid_samples,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
+            "precision": self.precision,
             "crop": self.crop,
             "skip_bad": self.skip_bad,
         }

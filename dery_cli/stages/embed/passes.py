@@ -23,6 +23,7 @@ from dery_cli.core.similarity.features import BatchFeatures, embed_batches, feat
 from dery_cli.data.batches import KEEP_BYTES, ImageStore, batch_spans
 from dery_cli.data.sets import DataSet, open_data
 from dery_cli.io.artifacts import Workspace
+from dery_cli.runtime.devices import Arithmetic, choose_arithmetic
 from dery_cli.runtime.launcher import Dismissed, local_count
 from dery_cli.runtime.processes import NoMemoryError, Processes, own_cores
 from dery_cli.stages.embed.config import EmbedConfig
@@ -85,15 +86,19 @@ class Embedder:
         self._store: ImageStore | None = None
         self._donor: Donor | None = None
         self._dissection: Dissection | None = None
+        self.arithmetic = Arithmetic(device=processes.device)
         self._indices: list[int] = []
 
-    def load(self, donor: Donor, indices: Sequence[int], batch_size: int | None) -> int:
-        """Build a donor in all processes.
+    def load(
+        self, donor: Donor, indices: Sequence[int], batch_size: int | None, precision: str
+    ) -> int:
+        """Build a donor in all processes; ``arithmetic`` then tells how it computes.
 
         Args:
             donor: From the zoo.
             indices: Calibration images, in order.
             batch_size: Images a batch; None: what the memory of every process holds.
+            precision: Of the passes, as the option says it.
 
         Returns:
             The batch size.
@@ -103,6 +108,7 @@ class Embedder:
             "donor": donor.to_json(),
             "indices": list(indices),
             "batch_size": batch_size,
+            "precision": precision,
             "left_out": () if self._images is None else self._images.left_out,
             "inputs": [spec.to_json() for spec in self._inputs],
         }
@@ -143,7 +149,7 @@ class Embedder:
 
     def _load(self, donor: Donor, order: dict[str, Any]) -> int:
         failure: Exception | None = None
-        size = order["batch_size"]
+        size, processes = order["batch_size"], self._processes
         try:
             if self._images is None:
                 left_out = iter(order["left_out"])
@@ -153,14 +159,15 @@ class Embedder:
                 inputs = [InputSpec.from_json(spec) for spec in order["inputs"]]
                 self._store = self._decoder(self._images, order["indices"], inputs)
             self._dissection = None  # the last donor's memory is free before this one is built
-            dissection = load_donor(donor, self._space, device=self._processes.device)
+            dissection = load_donor(donor, self._space, device=processes.device)
             self._donor, self._dissection, self._indices = donor, dissection, order["indices"]
+            self.arithmetic = _prepare(dissection, donor, order["precision"], processes.device)
             if size is None:
-                size = images_that_fit(dissection, donor, self._processes.device)
+                size = images_that_fit(dissection, donor, processes.device)
         except Exception as error:
             failure = error
-        self._processes.check(failure)
-        return int(min(self._processes.share(size)))
+        processes.check(failure)
+        return int(min(processes.share(size)))
 
     def _decoder(
         self, images: DataSet, indices: Sequence[int], inputs: Sequence[InputSpec]
@@ -213,9 +220,10 @@ class Embedder:
         assert self._store is not None
         config, processes = self._config, self._processes
         mine = batch_spans(len(self._indices), batch_size)[processes.rank :: processes.count]
-        batches = self._store.given_batches(
+        given = self._store.given_batches(
             self._donor.input, [self._indices[start:stop] for start, stop in mine]
         )
+        batches = (self.arithmetic.laid_out(x_NCHW) for x_NCHW in given)
         dtype = _DTYPES[config.dtype]
         if processes.count == 1:
             yield from embed_batches(
@@ -224,6 +232,7 @@ class Embedder:
                 grid=config.grid,
                 grid_samples=config.grid_samples,
                 dtype=dtype,
+                computing=self.arithmetic.computing,
             )
             return
         for (start, _stop), x_NCHW in zip(mine, batches, strict=True):
@@ -233,7 +242,32 @@ class Embedder:
                 grid=config.grid,
                 grid_samples=max(0, config.grid_samples - start),
                 dtype=dtype,
+                computing=self.arithmetic.computing,
             )
+
+
+def _prepare(
+    dissection: Dissection, donor: Donor, precision: str, device: torch.device
+) -> Arithmetic:
+    """Lay a donor's weights out, channels-last where that gains and the donor can be computed so.
+
+    A model that looks at its tensors' strides (``view`` of a map as a vector) cannot.
+    """
+    model = dissection.block(0, dissection.anatomy.num_units)
+    arithmetic = choose_arithmetic(precision, device, model)
+    arithmetic.prepared(model)
+    if arithmetic.channels_last:
+        x_NCHW = torch.zeros(1, donor.input.in_chans, *donor.input.image_size, device=device)
+        try:
+            with torch.inference_mode(), arithmetic.computing():
+                for _ in dissection.features(arithmetic.laid_out(x_NCHW)):
+                    pass
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise
+            arithmetic = dataclasses.replace(arithmetic, channels_last=False)
+            arithmetic.prepared(model)
+    return arithmetic
 
 
 def _rows_of(batch: BatchFeatures) -> dict[str, Tensor]:

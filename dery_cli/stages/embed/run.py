@@ -13,10 +13,11 @@ from dery_cli.io.artifacts import Workspace, unchanged, write_log, write_record
 from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
 from dery_cli.io.row_stream import SafetensorsStream, stream_nbytes
+from dery_cli.runtime.devices import AUTO, FP32
 from dery_cli.runtime.processes import NoMemoryError, Processes, open_processes
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import show_count
-from dery_cli.stages.embed.config import AUTO, EmbedConfig
+from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.stages.embed.passes import Embedder, embedding_specs
 from dery_cli.stages.embed.store import (
     Calibration,
@@ -212,7 +213,8 @@ def _embed_one(
     indices = record.data["indices"]
     auto = config.batch_size == AUTO
     wanted = known_batch_size(space.embedding(donor.name), record) if auto else config.batch_size
-    size = embedder.load(donor, indices, None if wanted is None else int(wanted))
+    size = None if wanted is None else int(wanted)
+    size = embedder.load(donor, indices, size, config.precision)
     dtype = config.dtype
     loaded = time.monotonic()
     with transaction(space.embedding(donor.name)) as work:
@@ -231,10 +233,15 @@ def _embed_one(
                         progress.advance(len(rows["0.feat_NC"]))
                 break
             except DeryError as error:
-                if dtype == _LARGEST_DTYPE or not (error.details or {}).get("too_large"):
+                details = error.details or {}
+                if dtype != _LARGEST_DTYPE and details.get("too_large"):
+                    dtype, told = _LARGEST_DTYPE, f"are kept in {_LARGEST_DTYPE}"
+                elif "node" in details and embedder.arithmetic.precision != FP32:
+                    told = f"are computed in {FP32}"
+                    size = embedder.load(donor, indices, size, FP32)
+                else:
                     raise
-                dtype = _LARGEST_DTYPE
-                terminal.warn(f"{donor.name}: {error.message}; its features are kept in {dtype}")
+                terminal.warn(f"{donor.name}: {error.message}; its features {told}")
                 continue
             except NoMemoryError:
                 if size == 1 or not auto:
@@ -244,14 +251,28 @@ def _embed_one(
                     ) from None
             size //= 2
             terminal.note(f"{donor.name}: out of memory, again with batches of {size}")
-        work.commit(finished(record, size, dtype))
-    seconds = time.monotonic() - loaded
+        work.commit(finished(record, size, dtype, embedder.arithmetic))
+    now = time.monotonic()
+    _write_log(space, processes, embedder, record, (now - started, now - loaded))
+
+
+def _write_log(
+    space: Workspace,
+    processes: Processes,
+    embedder: Embedder,
+    record: Artifact,
+    seconds: tuple[float, float],
+) -> None:
+    """What no hash covers; ``seconds`` are those of all and of the passes."""
     write_log(
-        space.embeddings / f"{donor.name}.log.json",
+        space.embeddings / f"{record.data['donor']}.log.json",
         {
-            "seconds": time.monotonic() - started,
-            "images_per_second": len(indices) / seconds,
+            "seconds": seconds[0],
+            "images_per_second": len(record.data["indices"]) / seconds[1],
             "device": str(processes.device),
+            "precision": embedder.arithmetic.precision,
+            "layout": embedder.arithmetic.layout,
+            "tf32": False,
             "processes": processes.count,
             "threads": processes.threads,
         },

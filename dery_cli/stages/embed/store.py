@@ -32,6 +32,7 @@ from dery_cli.io.schema import (
     plain,
     plain_name,
 )
+from dery_cli.runtime.devices import PRECISIONS, Arithmetic
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo
@@ -63,6 +64,7 @@ EMBEDDING = Kind(
             "crop": CROP,
             "skip_bad": boolean,
         },
+        {"precision": one_of(*PRECISIONS)},
         more=plain,
     ),
     data=both(
@@ -77,6 +79,8 @@ EMBEDDING = Kind(
             {
                 "batch_size": integer(1),
                 "dtype": one_of(*EmbedConfig.DTYPES),
+                "precision": one_of(*PRECISIONS[1:]),
+                "layout": one_of("contiguous", "channels_last"),
                 "bad": fields(
                     {"message": any_text, "hint": optional(any_text), "node": optional(COUNT)}
                 ),
@@ -162,12 +166,16 @@ def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibrati
     )
 
 
-def finished(record: Artifact, batch_size: int, dtype: str) -> Artifact:
-    """The record of an embedding that was made with this many images a batch.
+def finished(record: Artifact, batch_size: int, dtype: str, arithmetic: Arithmetic) -> Artifact:
+    """The record of an embedding that was made with this many images a batch, computed so.
 
     Where a donor's features are of another type than the option says, the record tells it.
     """
-    made = {"batch_size": batch_size}
+    made = {
+        "batch_size": batch_size,
+        "precision": arithmetic.precision,
+        "layout": arithmetic.layout,
+    }
     other = {} if dtype == record.options["dtype"] else {"dtype": dtype}
     return dataclasses.replace(record, data={**record.data, **made, **other})
 
