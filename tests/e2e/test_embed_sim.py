@@ -323,6 +323,36 @@ def test_a_dry_run_prints_the_very_bytes(bare, made, dery):
     assert not (bare / "embeddings").exists()
 
 
+# nothing to do
+
+
+PLAIN = """
+import sys
+from dery_cli.cli import run
+code = run(sys.argv[1:])
+heavy = sorted({"torch", "timm", "torchvision", "accelerate"} & set(sys.modules))
+sys.exit(f"exit code {code}, imported {heavy}" if code or heavy else 0)
+"""
+
+
+def test_a_stage_with_nothing_to_do_imports_no_torch_and_says_the_same(ws, dery, tmp_path):
+    for line in (EMBED, "sim", "partition -K 2"):
+        first = dery(line)
+        assert first.code == 0, first.stderr
+        words = [*line.split(), "--workspace", str(ws), "--json"]
+        again = subprocess.run(
+            [sys.executable, "-c", PLAIN, *words],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert again.returncode == 0, again.stderr
+        assert "up to date" in again.stderr
+        assert json.loads(again.stdout)["result"] == first.json["result"]
+
+
 # bad input
 
 

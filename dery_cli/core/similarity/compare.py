@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dery_cli.core.similarity import models
 from dery_cli.core.similarity.cka import cka, rbf_cka
 from dery_cli.core.similarity.metric import (
     Known,
@@ -83,21 +84,5 @@ def similarity(
 
 
 def model_similarity(sim_PP: Tensor, model_P: Sequence[int]) -> Tensor:
-    """Similarity of whole models: the mean over nodes of their best match in the other model.
-
-    Taken in both directions and averaged, so that it is symmetric and 1 for a model and itself.
-
-    Args:
-        sim_PP: Similarity of nodes.
-        model_P: Index of the model each node belongs to, 0..M-1.
-
-    Returns:
-        sim_MM [M, M].
-    """
-    owner_P = torch.as_tensor(model_P)
-    groups = [(owner_P == m).nonzero().flatten() for m in range(int(owner_P.max()) + 1)]
-    best_PM = torch.stack([sim_PP[:, group].amax(1) for group in groups], 1)
-    best_MM = torch.stack([best_PM[group].mean(0) for group in groups])
-    back_MM = torch.stack([sim_PP[group].amax(0) for group in groups])
-    back_MM = torch.stack([back_MM[:, group].mean(1) for group in groups], 1)
-    return (best_MM + back_MM) / 2
+    """``models.model_similarity`` of a tensor."""
+    return torch.from_numpy(models.model_similarity(sim_PP.numpy(), model_P))
