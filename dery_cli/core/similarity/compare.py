@@ -9,11 +9,13 @@ Legend: N samples, C channels, P nodes, M models.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dery_cli.core.numerics import solving_device
 from dery_cli.core.similarity import models
 from dery_cli.core.similarity.cka import cka, rbf_cka
 from dery_cli.core.similarity.metric import (
@@ -80,7 +82,9 @@ def similarity(
         >>> round(float(similarity([x, 3 * x + 1]).sim_PP[0, 1]), 6)
         1.0
     """
-    return metric.fn(features, options or MetricOptions(), known, progress)
+    options = options or MetricOptions()
+    options = dataclasses.replace(options, device=str(solving_device(options.device)))
+    return metric.fn(features, options, known, progress)
 
 
 def model_similarity(sim_PP: Tensor, model_P: Sequence[int]) -> Tensor:
