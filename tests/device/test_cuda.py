@@ -32,7 +32,7 @@ STAGES = (
     "sim",
     "sim --metric ridge",
     "partition -K 2 --eps 0.5 --metric cka",
-    "assemble --max-params 400k --effort 3",
+    "assemble --max-params 400k --effort 1 --target-samples 100 --fit-samples 64",
     "finetune --steps 4",
     "eval",
 )
