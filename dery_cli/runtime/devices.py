@@ -125,20 +125,17 @@ def choose_arithmetic(precision: str, device: torch.device, model: nn.Module) ->
 def _channels_last_gains(precision: str, device: torch.device, model: nn.Module) -> bool:
     """Whether convolutions are faster channels-last, by measurements of the kind of device.
 
-    On CUDA that holds for half precision (tensor cores take NHWC). On CPUs with AVX-512 it holds
-    for all models tried, with AVX2 for those without grouped convolutions alone
-    (``tests/bench/bench_precision.py``); other devices keep torch's own layout.
+    On CUDA that holds for half precision (tensor cores take NHWC). On CPUs with AVX2 or AVX-512 it
+    holds for all models tried (``tests/bench/bench_precision.py``); other devices keep torch's own
+    layout.
     """
     import torch
     from torch import nn
 
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if not convolutions:
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return False
     if device.type == "cuda":
         return precision != FP32
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    capability = torch.backends.cpu.get_cpu_capability()
-    ungrouped = all(convolution.groups == 1 for convolution in convolutions)
-    return capability.startswith("AVX512") or (capability == "AVX2" and ungrouped)
+    return torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512"))

@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dery_cli.data.sets import DataSet, open_checked
@@ -253,9 +254,7 @@ def _embed_one(
     Raises:
         DeryError: Out of memory or disk, an image that cannot be read, features not finite.
     """
-    from dery_cli.io.row_stream import SafetensorsStream
     from dery_cli.runtime.processes import NoMemoryError
-    from dery_cli.stages.embed.passes import embedding_specs
 
     started = time.monotonic()
     indices = record.data["indices"]
@@ -270,15 +269,7 @@ def _embed_one(
         while True:
             try:
                 made = dataclasses.replace(config, dtype=dtype)
-                specs = embedding_specs(donor.anatomy.nodes, made, len(indices))
-                with (
-                    SafetensorsStream(path, specs) as stream,
-                    terminal.progress(donor.name, len(indices)) as progress,
-                ):
-                    for rows in embedder.rows(size, dtype):
-                        for name, tensor in rows.items():
-                            stream.write(name, tensor)
-                        progress.advance(len(rows["0.feat_NC"]))
+                _write_features(terminal, embedder, donor, made, len(indices), size, path)
                 break
             except DeryError as error:
                 details = error.details or {}
@@ -302,6 +293,30 @@ def _embed_one(
         work.commit(finished(record, size, dtype, embedder.arithmetic))
     now = time.monotonic()
     _write_log(space, processes, embedder, record, (now - started, now - loaded))
+
+
+def _write_features(
+    terminal: Terminal,
+    embedder: Embedder,
+    donor: Donor,
+    config: EmbedConfig,
+    count: int,
+    batch_size: int,
+    path: Path,
+) -> None:
+    """One pass of the donor, written as it comes."""
+    from dery_cli.io.row_stream import SafetensorsStream
+    from dery_cli.stages.embed.passes import embedding_specs
+
+    specs = embedding_specs(donor.anatomy.nodes, config, count)
+    with (
+        SafetensorsStream(path, specs) as stream,
+        terminal.progress(donor.name, count) as progress,
+    ):
+        for rows in embedder.rows(batch_size, config.dtype):
+            for name, tensor in rows.items():
+                stream.write(name, tensor)
+            progress.advance(len(rows["0.feat_NC"]))
 
 
 def _write_log(

@@ -25,7 +25,7 @@ class Small(nn.Module):
     ("precision", "device", "capability", "groups", "expected"),
     [
         ("auto", "cpu", "AVX2", 1, ("fp32", True)),
-        ("auto", "cpu", "AVX2", 2, ("fp32", False)),
+        ("auto", "cpu", "AVX2", 2, ("fp32", True)),
         ("auto", "cpu", "AVX512", 2, ("fp32", True)),
         ("bf16", "cpu", "AVX512_VNNI", 2, ("bf16", True)),
         ("auto", "cpu", "DEFAULT", 1, ("fp32", False)),
