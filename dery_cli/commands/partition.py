@@ -82,7 +82,7 @@ def _show(terminal: Terminal, stored: StoredPartition) -> None:
     terminal.say(f"objective {found.objective:.4f}, upper bound {found.upper_bound:.4f}: {proof}")
     if stored.forced:
         terminal.say(f"--eps leaves one way only to cut {', '.join(stored.forced)}")
-    if not found.admits_assembly:
+    if not stored.record.data["admits_assembly"]:
         terminal.warn(
             "no assembly can take one block of every stage and every set; "
             "whole models are all that dery assemble can offer. Try another -K or --eps"

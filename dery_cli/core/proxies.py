@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dery_cli.core.numerics import double
 from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.probe import probe_accuracy
 
@@ -60,7 +61,7 @@ def naswot(inputs: ProxyInputs, *, batches: int = 5, batch_size: int = 32) -> fl
     def record(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         code_ND = (args[0].flatten(1) > 0).float()
         agree_NN = code_ND @ code_ND.T + (1 - code_ND) @ (1 - code_ND).T
-        kernels.append(agree_NN.double())
+        kernels.append(double(agree_NN))
 
     layers = [m for m in inputs.network.modules() if _is_activation(m)]
     # an in-place activation would have overwritten its input before the hook sees it

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dery_cli.core.numerics import double
+
 
 def network_outputs(network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     """Logits of all images, pre-logits where the network has no head: (N, K or C), on the CPU."""
@@ -28,7 +30,7 @@ def top1(logits_NK: Tensor, label_N: Tensor) -> Tensor:
     Returns:
         In double precision, (...).
     """
-    return (logits_NK.argmax(-1) == label_N).double().mean(-1)
+    return double(logits_NK.argmax(-1) == label_N).mean(-1)
 
 
 def score_batch(logits_BK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,7 +26,13 @@ from dery_cli.types import WEIGHTS_FOLDER, is_file_name
 
 
 def open_artifact(
-    path: Path, kind: Kind, *, missing: str, hint: str, only: Collection[str] | None = None
+    path: Path,
+    kind: Kind,
+    *,
+    missing: str,
+    hint: str,
+    only: Collection[str] | None = None,
+    late: bool = False,
 ) -> Opened:
     """Open an artifact: one version of it, its record checked and its files hashed.
 
@@ -36,12 +42,14 @@ def open_artifact(
         missing: Says that there is none.
         hint: The command that makes it anew.
         only: Files to open, where not all are needed.
+        late: Open files of tensors when they are read, for who may need none of them: that takes
+            torch. Who reads them holds the workspace's lock.
 
     Raises:
         StaleError: It is not there, or was written in an older format.
         DeryError: It, or one of its files, is damaged, or a newer dery wrote it.
     """
-    return looked_at(lambda look: look.open(path, kind, missing, hint, only))
+    return looked_at(lambda look: look.open(path, kind, missing, hint, only, late=late))
 
 
 def read_record(path: Path, kind: Kind, *, missing: str, hint: str) -> Artifact:
@@ -66,23 +74,24 @@ def made_of_the_same(path: Path, wanted: Artifact) -> Artifact | None:
     return None
 
 
-def open_unchanged(path: Path, wanted: Artifact) -> Opened | None:
+def open_unchanged(path: Path, wanted: Artifact, *, late: bool = False) -> Opened | None:
     """The artifact at ``path`` if it is whole and came of ``wanted``'s parents, options and seed.
 
-    Whatever is wrong with it, it counts as none: who asks will write it anew.
+    Whatever is wrong with it, it counts as none: who asks will write it anew. ``late`` is as in
+    ``open_artifact``.
     """
     if made_of_the_same(path, wanted) is None:
         return None
     with contextlib.suppress(DeryError):
-        opened = open_artifact(path, wanted.kind, missing="", hint="")
+        opened = open_artifact(path, wanted.kind, missing="", hint="", late=late)
         if opened.record.same_inputs(wanted):
             return opened
     return None
 
 
 def unchanged(path: Path, wanted: Artifact) -> Artifact | None:
-    """The record of ``open_unchanged``."""
-    opened = open_unchanged(path, wanted)
+    """The record of ``open_unchanged``; takes no torch."""
+    opened = open_unchanged(path, wanted, late=True)
     return None if opened is None else opened.record
 
 

@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dery_cli.errors import DeryError, StaleError
 from dery_cli.io.journal import pending_path
 from dery_cli.io.records import Artifact, Kind, parse_record
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from dery_cli.io.row_stream import LazyRows, TensorFile
@@ -46,13 +47,14 @@ class Opened:
         record: Its record.
         path: Of the record.
         hint: The command that makes it anew.
-        tensor_files: Those of its files that hold tensors, by name.
+        tensor_files: Those of its files that hold tensors, by name. A late one is read by its name
+            when it is first asked for, if it is still the file that was hashed.
     """
 
     record: Artifact
     path: Path
     hint: str
-    tensor_files: Mapping[str, TensorFile]
+    tensor_files: Mapping[str, TensorFile | LateFile]
 
     def tensors(self, name: str, shapes: Shapes | None = None) -> dict[str, Tensor]:
         """All tensors of a file.
@@ -71,6 +73,15 @@ class Opened:
         file = self._file(name, shapes)
         return {tensor: file.rows(tensor) for tensor in shapes}
 
+    def arrays(self, name: str, shapes: Shapes) -> dict[str, np.ndarray[Any, Any]]:
+        """As ``tensors``, as arrays and without torch; for types that numpy knows."""
+        file = self.tensor_files.get(name)
+        if not isinstance(file, LateFile):
+            return {key: tensor.numpy() for key, tensor in self.tensors(name, shapes).items()}
+        found = file.arrays()
+        self._check_shapes(file.path, {key: value.shape for key, value in found.items()}, shapes)
+        return found
+
     def shape(self, name: str, tensor: str) -> tuple[int, ...] | None:
         """The shape of one tensor of a file; None where it holds no such tensor."""
         found = self._file(name, None).specs().get(tensor)
@@ -80,18 +91,78 @@ class Opened:
         file = self.tensor_files.get(name)
         if file is None:
             raise DeryError(f"{self.path} names no file {name}", f"rerun: {self.hint}")
+        if isinstance(file, LateFile):
+            file = file.tensor_file()
         if shapes is not None:
             found = {
                 key: shape if dtype.is_floating_point else None
                 for key, (dtype, shape) in file.specs().items()
             }
-            for key in sorted(found.keys() | shapes.keys()):
-                if key not in shapes or found.get(key) != tuple(shapes[key]):
-                    raise DeryError(
-                        f"{file.path} does not fit its record: '{key}' is not what it should be",
-                        f"rerun: {self.hint}",
-                    )
+            self._check_shapes(file.path, found, shapes)
         return file
+
+    def _check_shapes(
+        self, path: Path, found: Mapping[str, Sequence[int] | None], shapes: Shapes
+    ) -> None:
+        for key in sorted(found.keys() | shapes.keys()):
+            if key not in shapes or found.get(key) != tuple(shapes[key]):
+                raise DeryError(
+                    f"{path} does not fit its record: '{key}' is not what it should be",
+                    f"rerun: {self.hint}",
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class LateFile:
+    """A file of tensors that was hashed, and is opened when it is read: that takes torch or numpy.
+
+    Args:
+        place: Where it lies.
+        path: What it is called in messages.
+        stamp: What tells it from one that replaces it.
+    """
+
+    place: Path
+    path: Path
+    stamp: _Stamp
+
+    def tensor_file(self) -> TensorFile:
+        """The file, open.
+
+        Raises:
+            DeryError: It is damaged, or not the same any more.
+        """
+        from dery_cli.io.row_stream import TensorFile
+
+        opened = TensorFile(self._place(), shown=self.path)
+        self._place()
+        return opened
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """All of it; else as ``tensor_file``."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(str(self._place()), framework="numpy") as file:
+                self._place()
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except DeryError:
+            raise
+        except Exception as error:  # a damaged header makes the library raise what it will
+            raise self._damaged(error) from error
+
+    def _place(self) -> Path:
+        """Where it lies now: what was pending may have got its name."""
+        for place in (self.place, self.path):
+            if _state(place) == self.stamp:
+                return place
+        raise self._damaged("it was replaced meanwhile")
+
+    def _damaged(self, reason: object) -> DeryError:
+        return DeryError(
+            f"{self.path} cannot be read: {reason}",
+            "the file is damaged; run the stage that wrote it again",
+        )
 
 
 def looked_at(open_it: Callable[[Look], Opened]) -> Opened:
@@ -132,30 +203,45 @@ class Look:
         return self._seen_moving or any(_state(path) != was for path, was in self._seen.items())
 
     def open(
-        self, path: Path, kind: Kind, missing: str, hint: str, only: Collection[str] | None
+        self,
+        path: Path,
+        kind: Kind,
+        missing: str,
+        hint: str,
+        only: Collection[str] | None,
+        *,
+        late: bool = False,
     ) -> Opened:
         """The newest version that is whole: what is pending counts before what it will replace."""
         pending, present = self._read(pending_path(path)), self._read(path)
         if pending is not None:
             with contextlib.suppress(DeryError):
-                return self._opened(pending, path, kind, hint, only)
+                return self._opened(pending, path, kind, hint, only, late)
         if present is None:
             raise AbsentError(missing, hint)
-        return self._opened(present, path, kind, hint, only)
+        return self._opened(present, path, kind, hint, only, late)
 
     def _opened(
-        self, raw: bytes, path: Path, kind: Kind, hint: str, only: Collection[str] | None
+        self,
+        raw: bytes,
+        path: Path,
+        kind: Kind,
+        hint: str,
+        only: Collection[str] | None,
+        late: bool,
     ) -> Opened:
         record = parse_record(raw, kind, path, hint)
         files = {
-            name: self._whole(path.parent / name, digest, hint)
+            name: self._whole(path.parent / name, digest, hint, late)
             for name, digest in record.files.items()
             if only is None or name in only
         }
         tensor_files = {name: file for name, file in files.items() if file is not None}
         return Opened(record=record, path=path, hint=hint, tensor_files=tensor_files)
 
-    def _whole(self, path: Path, digest: str, hint: str) -> TensorFile | None:
+    def _whole(
+        self, path: Path, digest: str, hint: str, late: bool
+    ) -> TensorFile | LateFile | None:
         """The file with that hash, under its own name or its pending one; opened if of tensors.
 
         Raises:
@@ -168,7 +254,7 @@ class Look:
                 continue
             actual = self._sha256(place, file)
             if actual == digest:
-                return _tensor_file(place, path, file)
+                return _tensor_file(place, path, file, late)
             found = found or actual
         if found is None:
             raise DeryError(f"{path} is missing (recorded sha256 {digest})", f"rerun: {hint}")
@@ -224,7 +310,9 @@ def _unreadable(path: Path, error: OSError) -> DeryError:
     return DeryError(f"cannot read {path}: {error.strerror or error}")
 
 
-def _tensor_file(place: Path, path: Path, file: BufferedReader) -> TensorFile | None:
+def _tensor_file(
+    place: Path, path: Path, file: BufferedReader, late: bool
+) -> TensorFile | LateFile | None:
     """The very file that is held open, as the library opens it by its name.
 
     Raises:
@@ -232,12 +320,8 @@ def _tensor_file(place: Path, path: Path, file: BufferedReader) -> TensorFile | 
     """
     if path.suffix != ".safetensors":
         return None
-    from dery_cli.io.row_stream import TensorFile
-
-    opened = TensorFile(place, shown=path)
-    if _state(place) != _stamp(os.fstat(file.fileno())):
-        raise opened.damaged("it was replaced meanwhile")
-    return opened
+    found = LateFile(place, path, _stamp(os.fstat(file.fileno())))
+    return found if late else found.tensor_file()
 
 
 def _state(path: Path) -> _Stamp | None:

@@ -10,6 +10,12 @@ _PLACES = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
 )
+_LOCAL_COUNTS = (
+    "LOCAL_WORLD_SIZE",  # torchrun, accelerate launch
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
 
 
 class Dismissed(Exception):  # noqa: N818 - no error
@@ -36,6 +42,11 @@ def launched() -> bool:
 def is_follower() -> bool:
     """Whether this process is one of several and not the main one, which speaks for all."""
     return any(_number(count) > 1 and _number(rank) > 0 for count, rank in _PLACES)
+
+
+def local_count() -> int:
+    """How many processes of this command run on this machine."""
+    return max(1, *map(_number, _LOCAL_COUNTS))
 
 
 def on_cpus() -> bool:

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor
 
 from dery_cli.errors import DeryError, ExitCode, UsageError
-from dery_cli.runtime.devices import pick_device
-from dery_cli.runtime.launcher import Dismissed, alone_by_mistake, launched, on_cpus
+from dery_cli.runtime.devices import forbid_tf32, pick_device
+from dery_cli.runtime.launcher import (
+    Dismissed,
+    alone_by_mistake,
+    launched,
+    local_count,
+    on_cpus,
+)
 
 PATIENCE = datetime.timedelta(hours=2)
 """How long a process waits for one that is alive and silent, say for the workspace's lock."""
@@ -123,6 +129,7 @@ class LaunchedProcesses(Processes):
         import torch.distributed as dist
         from accelerate import PartialState
 
+        forbid_tf32()
         state: Any = PartialState(cpu=device_name == "cpu" or launched_on_cpus())
         self._state = state
         self.rank, self.count = int(state.process_index), int(state.num_processes)
@@ -246,8 +253,8 @@ def open_processes(
 ) -> Iterator[Processes]:
     """A block in which the processes of this command work together.
 
-    In it torch computes with ``threads`` CPU threads: all cores by default, in one process and in
-    several, whatever a launcher set, since another count changes the last bits of a result.
+    In it torch computes with ``threads`` CPU threads, by default as many as this process's share of
+    the machine's cores, whatever a launcher set: another count changes the last bits of a result.
 
     Args:
         device_name: Of ``--device``; with several processes a kind of device.
@@ -256,7 +263,7 @@ def open_processes(
     """
     if (warning := alone_by_mistake()) is not None:
         warn(warning)
-    wanted = threads or usable_cores()
+    wanted = threads or own_cores()
     before = torch.get_num_threads()
     if launched():
         processes: Processes = LaunchedProcesses(device_name, wanted)
@@ -280,6 +287,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """This process's share of them: those of one machine divide its cores."""
+    return max(1, usable_cores() // local_count())
 
 
 def _own_device(device: torch.device, wanted: str | None) -> torch.device:

@@ -114,7 +114,7 @@ class Contract:
         return f"{count_params(self._model):,} parameters; needs neither weights nor network"
 
     def _construct(self, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         with mock.patch.object(socket.socket, "connect", _refuse):
             model = self._plugin.build(self._name, pretrained=False, image_size=self._size)
         if not isinstance(model, nn.Module):
@@ -227,7 +227,7 @@ class Contract:
         self._model.train()
         for part in self._parts:
             part.train()
-        torch.manual_seed(2)
+        torch.default_generator.manual_seed(2)
         y = forward(self._x)
         weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
         (y * weight).sum().backward()  # type: ignore[no-untyped-call]

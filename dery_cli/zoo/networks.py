@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from dery_cli.core.numerics import seeded
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
 from dery_cli.core.stitching.stitch import Stitch
@@ -105,8 +105,7 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
     """
     blocks: list[nn.Module] = []
     stitches: list[Stitch | None] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for block, joint in zip(description["blocks"], description["joints"], strict=True):
             blocks.append(_fresh_block(block))
             stitches.append(

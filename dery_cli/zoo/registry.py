@@ -279,7 +279,7 @@ def prepare_donor(
         UsageError: Unknown plugin or model, bad name or size, weights of another architecture.
         DeryError: The weights cannot be had or read, or the model does not run.
     """
-    import torch
+    from dery_cli.core.numerics import seeded
 
     spec = parse_spec(text)
     name = check_name(name or default_name(spec), "donor")
@@ -294,8 +294,7 @@ def prepare_donor(
         pretrained, checkpoint = False, read_checkpoint(weights, weights_key)
     if not pretrained:  # what the plugin says is said of its own weights
         card = dataclasses.replace(card, license=UNKNOWN, task=UNKNOWN, source=UNKNOWN, metrics={})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = build_model(spec, plugin, pretrained=pretrained, image_size=size)
     dissection = dissect_donor(model, card, spec, plugin, warn=warn)
     if weights is not None and checkpoint is not None:

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 import dery_cli.zoo.plugin
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.metric import pairwise_metric
+from dery_cli.data.splits import FolderSplit
+from dery_cli.runtime import devices
 from dery_cli.stages.embed import passes
 from tests.conftest import Outcome, make_images, run_dery
 from tests.e2e.conftest import snapshot
@@ -210,7 +212,7 @@ def test_when_one_process_fails_all_end(bare, tmp_path, what, port, message):
     assert not list((bare / "embeddings").glob("*.safetensors"))
     if done.stdout:  # the launcher may have ended the main process first
         said = json.loads(done.stdout)["error"]["message"]
-        assert message in said or (what == "die" and said == "terminated by SIGTERM")
+        assert message in said or (what == "die" and said.startswith("terminated"))
     else:
         assert what == "die"
 
@@ -321,6 +323,36 @@ def test_a_dry_run_prints_the_very_bytes(bare, made, dery):
     assert not (bare / "embeddings").exists()
 
 
+# nothing to do
+
+
+PLAIN = """
+import sys
+from dery_cli.cli import run
+code = run(sys.argv[1:])
+heavy = sorted({"torch", "timm", "torchvision", "accelerate"} & set(sys.modules))
+sys.exit(f"exit code {code}, imported {heavy}" if code or heavy else 0)
+"""
+
+
+def test_a_stage_with_nothing_to_do_imports_no_torch_and_says_the_same(ws, dery, tmp_path):
+    for line in (EMBED, "sim", "partition -K 2"):
+        first = dery(line)
+        assert first.code == 0, first.stderr
+        words = [*line.split(), "--workspace", str(ws), "--json"]
+        again = subprocess.run(
+            [sys.executable, "-c", PLAIN, *words],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert again.returncode == 0, again.stderr
+        assert "up to date" in again.stderr
+        assert json.loads(again.stdout)["result"] == first.json["result"]
+
+
 # bad input
 
 
@@ -393,6 +425,88 @@ def test_features_too_large_for_half_precision_keep_that_donor_alone_in_single(
     again = dery(EMBED)
     assert (again.json["result"]["embedded"], again.json["warnings"]) == ([], [])
     assert dery("sim").code == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_recorded_close_and_the_same_on_a_rerun(bare, made, dery, precision):
+    line = f"embed --data demo --samples 40 -b 32 --dtype fp32 --donor {RESNEXT} --precision"
+    path = bare / f"embeddings/{RESNEXT}.safetensors"
+    assert dery(f"{line} fp32").code == 0
+    exact = load_file(path)
+    assert dery(f"{line} {precision}").code == 0
+    found, first = record(bare, f"embeddings/{RESNEXT}"), snapshot(bare / "embeddings")
+    assert found["options"]["precision"] == found["data"]["precision"] == precision
+    half = load_file(path)
+    assert torch.equal(half["0.feat_NC"], exact["0.feat_NC"])
+    for name, tensor in exact.items():
+        error = (half[name] - tensor).norm() / tensor.norm()
+        assert error < 0.02, name
+    last = max(int(name.split(".")[0]) for name in exact)
+    assert not torch.equal(half[f"{last}.feat_NC"], exact[f"{last}.feat_NC"])
+    path.unlink()
+    assert dery(f"{line} {precision}").json["result"]["embedded"] == [RESNEXT]
+    assert snapshot(bare / "embeddings") == first
+
+
+def test_auto_is_single_precision(made):
+    data = record(made, f"embeddings/{RESNEXT}")["data"]
+    assert (data["precision"], data["layout"]) == ("fp32", data["layout"])
+    log = record(made, f"embeddings/{RESNEXT}.log")
+    assert (log["precision"], log["tf32"]) == ("fp32", False)
+
+
+def test_a_donor_that_half_precision_cannot_compute_is_computed_in_single(bare, dery, monkeypatch):
+    features = Dissection.features
+
+    def overflowing(self, x):
+        token_model = any(node.num_prefix_tokens for node in self.anatomy.nodes)
+        for number, feature in enumerate(features(self, x)):
+            half = torch.is_autocast_enabled("cpu") and token_model and number == 3
+            yield feature * float("inf") if half else feature
+
+    monkeypatch.setattr(Dissection, "features", overflowing)
+    outcome = dery(f"{EMBED} --precision fp16")
+    assert outcome.code == 0, outcome.stderr
+    (warning,) = outcome.json["warnings"]
+    assert warning.startswith("demo__vit_cls: node 3 (blocks.2) gives NaN or infinite features")
+    assert warning.endswith("its features are computed in fp32")
+    assert record(bare, f"embeddings/{VIT}")["data"]["precision"] == "fp32"
+    assert record(bare, f"embeddings/{RESNEXT}")["data"]["precision"] == "fp16"
+
+
+def test_a_model_that_looks_at_strides_is_computed_contiguous(bare, made, dery, monkeypatch):
+    features = Dissection.features
+
+    def flat(self, x):
+        for feature in features(self, x):
+            if feature.ndim == 4:
+                feature.view(len(feature), -1)
+            yield feature
+
+    monkeypatch.setattr(Dissection, "features", flat)
+    monkeypatch.setattr(devices, "_channels_last_gains", lambda *_: True)
+    assert dery(EMBED).code == 0
+    assert record(bare, f"embeddings/{RESNEXT}")["data"]["layout"] == "contiguous"
+
+
+def test_images_are_decoded_once_whatever_the_number_of_workers(bare, made, dery, monkeypatch):
+    decoded = []
+    image = FolderSplit.image
+
+    def counted(self, index):
+        decoded.append(index)
+        return image(self, index)
+
+    monkeypatch.setattr(FolderSplit, "image", counted)
+    folder = make_images(bare / "pictures", ["cat", "dog"], 10)
+    found = []
+    for workers in (0, 3):
+        decoded.clear()
+        assert dery(f"embed --data {folder} --workers {workers}").code == 0
+        assert len(decoded) == len(set(decoded)) == 16
+        found.append(snapshot(bare / "embeddings"))
+        shutil.rmtree(bare / "embeddings")
+    assert found[0] == found[1]
 
 
 def test_a_zoo_of_bad_donors_cannot_be_compared(bare, dery, nan_in_vit):

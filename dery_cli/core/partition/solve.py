@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from dery_cli.core.partition.blocks import (
     BlockTable,
@@ -103,6 +102,8 @@ class Partition:
     @property
     def admits_assembly(self) -> bool:
         """Whether one block a stage can be chosen so that all K sets occur (Eq. 9-10)."""
+        from scipy.optimize import linear_sum_assignment
+
         offered_KK = np.zeros((self.num_blocks, self.num_blocks), bool)
         offered_KK[np.arange(self.num_blocks), np.array(self.sets)] = True
         stages, sets = linear_sum_assignment(offered_KK, maximize=True)

@@ -9,11 +9,14 @@ Legend: N samples, C channels, P nodes, M models.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dery_cli.core.numerics import solving_device
+from dery_cli.core.similarity import models
 from dery_cli.core.similarity.cka import cka, rbf_cka
 from dery_cli.core.similarity.metric import (
     Known,
@@ -79,25 +82,11 @@ def similarity(
         >>> round(float(similarity([x, 3 * x + 1]).sim_PP[0, 1]), 6)
         1.0
     """
-    return metric.fn(features, options or MetricOptions(), known, progress)
+    options = options or MetricOptions()
+    options = dataclasses.replace(options, device=str(solving_device(options.device)))
+    return metric.fn(features, options, known, progress)
 
 
 def model_similarity(sim_PP: Tensor, model_P: Sequence[int]) -> Tensor:
-    """Similarity of whole models: the mean over nodes of their best match in the other model.
-
-    Taken in both directions and averaged, so that it is symmetric and 1 for a model and itself.
-
-    Args:
-        sim_PP: Similarity of nodes.
-        model_P: Index of the model each node belongs to, 0..M-1.
-
-    Returns:
-        sim_MM [M, M].
-    """
-    owner_P = torch.as_tensor(model_P)
-    groups = [(owner_P == m).nonzero().flatten() for m in range(int(owner_P.max()) + 1)]
-    best_PM = torch.stack([sim_PP[:, group].amax(1) for group in groups], 1)
-    best_MM = torch.stack([best_PM[group].mean(0) for group in groups])
-    back_MM = torch.stack([sim_PP[group].amax(0) for group in groups])
-    back_MM = torch.stack([back_MM[:, group].mean(1) for group in groups], 1)
-    return (best_MM + back_MM) / 2
+    """``models.model_similarity`` of a tensor."""
+    return torch.from_numpy(models.model_similarity(sim_PP.numpy(), model_P))

@@ -6,8 +6,9 @@ pooling, L grid tokens, T prefix tokens (class and register tokens).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -121,6 +122,7 @@ def embed_batches(
     grid: int = 4,
     grid_samples: int = 256,
     dtype: torch.dtype = torch.float32,
+    computing: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[BatchFeatures]:
     """Pooled features of every node, batch by batch.
 
@@ -133,6 +135,7 @@ def embed_batches(
         grid: Cells along each side of the pooled grid.
         grid_samples: The first so many samples get grid features and prefix tokens.
         dtype: Type of the features returned.
+        computing: Gives the context of each batch's pass, such as autocast.
 
     Raises:
         DeryError: Features are NaN or infinite, or too large for ``dtype``; the node is named.
@@ -140,10 +143,11 @@ def embed_batches(
     start = 0
     for x in batches:
         with_grid = max(0, min(x.shape[0], grid_samples - start))
-        pooled = [
-            pool_node(raw, node, grid, grid_samples=with_grid)
-            for node, raw in zip(dissection.anatomy.nodes, dissection.features(x), strict=True)
-        ]
+        with computing():
+            pooled = [
+                pool_node(raw, node, grid, grid_samples=with_grid)
+                for node, raw in zip(dissection.anatomy.nodes, dissection.features(x), strict=True)
+            ]
         yield BatchFeatures(
             start=start,
             nodes=[

@@ -45,7 +45,7 @@ class MetricOptions:
         folds: Parts of the cross-validation (``ridge``).
         seed: Seed of the random projection.
         memory: Bytes that may be in use at once, the result included.
-        device: Where to compute.
+        device: Where to compute; the CPU does it for a device that has no float64.
     """
 
     minibatch: int = 256

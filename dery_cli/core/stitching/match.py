@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dery_cli.core.numerics import double
 from dery_cli.core.stitching.network import AssembledNetwork
 
 MATCH_STEPS = 150
@@ -107,6 +108,6 @@ def _r2(network: AssembledNetwork, x_NCHW: Tensor, wanted_NC: Tensor, batch_size
     """Share of the variance of the wanted features that the network explains."""
     with torch.no_grad():
         given_NC = torch.cat([network.forward_features(x) for x in torch.split(x_NCHW, batch_size)])
-    spread = (wanted_NC - wanted_NC.mean(0)).double().square().sum()
-    error = (given_NC - wanted_NC).double().square().sum()
+    spread = double(wanted_NC - wanted_NC.mean(0)).square().sum()
+    error = double(given_NC - wanted_NC).square().sum()
     return 1 - float(error / spread) if spread > 0 else 0.0

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dery_cli.core.assembly.notation import needs_stitch
 from dery_cli.core.dissection.dissect import Dissection
+from dery_cli.core.numerics import seeded
 from dery_cli.core.stitching.class_weight import choose_class_weight
 from dery_cli.core.stitching.fit import (
     StitchFit,
@@ -267,8 +268,7 @@ class NetworkBuilder:
             device = next(iter(block.parameters())).device
             source = self.node(previous.donor, previous.stop)
             target = self.node(last.donor, last.start)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed + len(before.blocks))
+            with seeded(self._seed + len(before.blocks)):
                 stitch = Stitch(source, target, self._kind).to(device).eval()
             fit = self._fit(stitch, before.outputs, last, block)
             inputs = replay(before.outputs, stitch, self._budget)

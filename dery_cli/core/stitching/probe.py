@@ -184,7 +184,7 @@ def _accuracy(score_ND: Tensor, label_N: Tensor) -> float:
 
 def standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each channel less its mean over its deviation; the means and the factors."""
-    x_NC = x_NC.double().cpu()
+    x_NC = x_NC.cpu().double()
     mean_C, std_C = x_NC.mean(0), x_NC.std(0, correction=0)
     scale_C = torch.where(std_C > 1e-8 * std_C.max().clamp(min=1e-30), 1 / std_C, 0.0)
     return (x_NC - mean_C) * scale_C, mean_C, scale_C

@@ -27,7 +27,8 @@ def pseudo_labels(x_NC: Tensor, k: int, seed: int) -> Tensor:
     Raises:
         ValueError: There are fewer than ``k`` distinct rows.
     """
-    x_NC = x_NC.double() - x_NC.double().mean(0)
+    x_NC = x_NC.cpu().double()
+    x_NC = x_NC - x_NC.mean(0)
     distinct = torch.unique(x_NC, dim=0)
     if not 1 <= k <= len(distinct):
         raise ValueError(f"{len(distinct)} distinct images do not make {k} clusters")

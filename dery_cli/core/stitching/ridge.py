@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dery_cli.core.numerics import double, solving_device
 from dery_cli.core.stitching.moments import Basis, Centred, Sums, added
 
 RIDGE_PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -78,7 +79,7 @@ class _Samples:
         return len(self.x_NGC) * self.x_NGC.shape[1]
 
     def double(self, device: torch.device, *, copy: bool = False) -> _Samples:
-        x_NGC, y_NGD = (t.to(device, torch.float64, copy=copy) for t in (self.x_NGC, self.y_NGD))
+        x_NGC, y_NGD = (double(t, device, copy=copy) for t in (self.x_NGC, self.y_NGD))
         return dataclasses.replace(self, x_NGC=x_NGC, y_NGD=y_NGD)
 
 
@@ -92,7 +93,7 @@ class RidgeStatistics:
         folds: F; a sample belongs to one fold with all its positions.
         classes: K of the samples' labels; 0 where they have none.
         cells: The cell (from 0) of each position, in which class means are taken; None is one cell.
-        device: Where the sums are kept.
+        device: Where the sums are kept; the CPU keeps those of a device that has no float64.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class RidgeStatistics:
         cells: Sequence[int] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.device = device or torch.device("cpu")
+        self.device = solving_device(device or "cpu")
         self.groups, self.in_chs, self.out_chs = groups, in_chs, out_chs
         self.cell_G = torch.tensor(cells or [0] * groups, device=self.device)
         self._num_folds, self._classes = folds, classes

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,17 +20,20 @@ from torch import Tensor
 from dery_cli.core.cost.memory import PeakBytes
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.features import BatchFeatures, embed_batches, feature_specs
-from dery_cli.data.batches import ImageBatches, batch_spans
+from dery_cli.data.batches import KEEP_BYTES, ImageStore, batch_spans
 from dery_cli.data.sets import DataSet, open_data
 from dery_cli.io.artifacts import Workspace
-from dery_cli.runtime.launcher import Dismissed
-from dery_cli.runtime.processes import NoMemoryError, Processes
+from dery_cli.runtime.devices import Arithmetic, choose_arithmetic
+from dery_cli.runtime.launcher import Dismissed, local_count
+from dery_cli.runtime.processes import NoMemoryError, Processes, own_cores
 from dery_cli.stages.embed.config import EmbedConfig
-from dery_cli.types import Donor, Node
+from dery_cli.types import Donor, InputSpec, Node
 from dery_cli.zoo.registry import load_donor
 
 LARGEST_AUTO = 512
 """Beyond this many images a batch gains nothing."""
+_KEPT_SHARE = 4
+"""Decoded images take one part in so many of the free memory, and no more than ``KEEP_BYTES``."""
 
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -56,7 +58,7 @@ def embedding_specs(
 
 
 class Embedder:
-    """Embeds donor after donor.
+    """Embeds donor after donor; each image is decoded once for all of them.
 
     The main process calls ``load``, then ``rows``; the others call ``follow`` once, which does the
     same there.
@@ -66,6 +68,7 @@ class Embedder:
         config: Options; the same in all processes.
         processes: Who takes part.
         images: The opened data of ``config``; opened when needed if left out.
+        inputs: What each donor to come takes; of use in the main process alone.
     """
 
     def __init__(
@@ -74,22 +77,28 @@ class Embedder:
         config: EmbedConfig,
         processes: Processes,
         images: DataSet | None = None,
+        inputs: Sequence[InputSpec] = (),
     ) -> None:
         self._space = space
         self._config = config
         self._processes = processes
-        self._images = images
+        self._images, self._inputs = images, list(inputs)
+        self._store: ImageStore | None = None
         self._donor: Donor | None = None
         self._dissection: Dissection | None = None
+        self.arithmetic = Arithmetic(device=processes.device)
         self._indices: list[int] = []
 
-    def load(self, donor: Donor, indices: Sequence[int], batch_size: int | None) -> int:
-        """Build a donor in all processes.
+    def load(
+        self, donor: Donor, indices: Sequence[int], batch_size: int | None, precision: str
+    ) -> int:
+        """Build a donor in all processes; ``arithmetic`` then tells how it computes.
 
         Args:
             donor: From the zoo.
             indices: Calibration images, in order.
             batch_size: Images a batch; None: what the memory of every process holds.
+            precision: Of the passes, as the option says it.
 
         Returns:
             The batch size.
@@ -99,7 +108,9 @@ class Embedder:
             "donor": donor.to_json(),
             "indices": list(indices),
             "batch_size": batch_size,
+            "precision": precision,
             "left_out": () if self._images is None else self._images.left_out,
+            "inputs": [spec.to_json() for spec in self._inputs],
         }
         self._processes.order(order)
         return self._load(donor, order)
@@ -138,21 +149,42 @@ class Embedder:
 
     def _load(self, donor: Donor, order: dict[str, Any]) -> int:
         failure: Exception | None = None
-        size = order["batch_size"]
+        size, processes = order["batch_size"], self._processes
         try:
             if self._images is None:
                 left_out = iter(order["left_out"])
                 screen = (lambda _split: next(left_out)) if order["left_out"] else None
                 self._images = open_data(self._config.data, screen)
+            if self._store is None or order["indices"] != self._indices:
+                inputs = [InputSpec.from_json(spec) for spec in order["inputs"]]
+                self._store = self._decoder(self._images, order["indices"], inputs)
             self._dissection = None  # the last donor's memory is free before this one is built
-            dissection = load_donor(donor, self._space, device=self._processes.device)
+            dissection = load_donor(donor, self._space, device=processes.device)
             self._donor, self._dissection, self._indices = donor, dissection, order["indices"]
+            self.arithmetic = _prepare(dissection, donor, order["precision"], processes.device)
             if size is None:
-                size = images_that_fit(dissection, donor, self._processes.device)
+                size = images_that_fit(dissection, donor, processes.device)
         except Exception as error:
             failure = error
-        self._processes.check(failure)
-        return int(min(self._processes.share(size)))
+        processes.check(failure)
+        return int(min(processes.share(size)))
+
+    def _decoder(
+        self, images: DataSet, indices: Sequence[int], inputs: Sequence[InputSpec]
+    ) -> ImageStore:
+        """Where images come from; a single donor looks at each once, so that none is kept."""
+        device, workers = self._processes.device, self._config.workers
+        room = min(KEEP_BYTES, free_memory(torch.device("cpu")) // _KEPT_SHARE)
+        return ImageStore(
+            images.train,
+            indices,
+            crop=self._config.crop,
+            batch_size=LARGEST_AUTO,
+            device=device,
+            workers=own_cores() if workers is None else workers,
+            keep_bytes=room if len(inputs) > 1 else 0,
+            inputs=inputs,
+        )
 
     def _rows(self, batch_size: int, dtype: str) -> Iterator[dict[str, Tensor]]:
         assert self._donor is not None
@@ -185,18 +217,13 @@ class Embedder:
         """This process's part of the plan."""
         assert self._donor is not None
         assert self._dissection is not None
-        assert self._images is not None
+        assert self._store is not None
         config, processes = self._config, self._processes
-        batches = ImageBatches(
-            self._images.train,
-            self._indices,
-            self._donor.input,
-            crop=config.crop,
-            batch_size=batch_size,
-            device=processes.device,
-            workers=config.workers,
-            share=(processes.rank, processes.count),
+        mine = batch_spans(len(self._indices), batch_size)[processes.rank :: processes.count]
+        given = self._store.given_batches(
+            self._donor.input, [self._indices[start:stop] for start, stop in mine]
         )
+        batches = (self.arithmetic.laid_out(x_NCHW) for x_NCHW in given)
         dtype = _DTYPES[config.dtype]
         if processes.count == 1:
             yield from embed_batches(
@@ -205,17 +232,42 @@ class Embedder:
                 grid=config.grid,
                 grid_samples=config.grid_samples,
                 dtype=dtype,
+                computing=self.arithmetic.computing,
             )
             return
-        starts = range(0, len(self._indices), batch_size)[processes.rank :: processes.count]
-        for start, x_NCHW in zip(starts, batches, strict=True):
+        for (start, _stop), x_NCHW in zip(mine, batches, strict=True):
             yield from embed_batches(
                 self._dissection,
                 [x_NCHW],
                 grid=config.grid,
                 grid_samples=max(0, config.grid_samples - start),
                 dtype=dtype,
+                computing=self.arithmetic.computing,
             )
+
+
+def _prepare(
+    dissection: Dissection, donor: Donor, precision: str, device: torch.device
+) -> Arithmetic:
+    """Lay a donor's weights out, channels-last where that gains and the donor can be computed so.
+
+    A model that looks at its tensors' strides (``view`` of a map as a vector) cannot.
+    """
+    model = dissection.block(0, dissection.anatomy.num_units)
+    arithmetic = choose_arithmetic(precision, device, model)
+    arithmetic.prepared(model)
+    if arithmetic.channels_last:
+        x_NCHW = torch.zeros(1, donor.input.in_chans, *donor.input.image_size, device=device)
+        try:
+            with torch.inference_mode(), arithmetic.computing():
+                for _ in dissection.features(arithmetic.laid_out(x_NCHW)):
+                    pass
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise
+            arithmetic = dataclasses.replace(arithmetic, channels_last=False)
+            arithmetic.prepared(model)
+    return arithmetic
 
 
 def _rows_of(batch: BatchFeatures) -> dict[str, Tensor]:
@@ -279,4 +331,4 @@ def free_memory(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file
             folder = Path("/sys/fs/cgroup")
             free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(0, free) // local_count()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace, unchanged, write_log, write_record
 from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
-from dery_cli.io.row_stream import SafetensorsStream, stream_nbytes
-from dery_cli.runtime.processes import NoMemoryError, Processes, open_processes
+from dery_cli.runtime.devices import AUTO, FP32
+from dery_cli.runtime.launcher import alone_by_mistake, launched
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import show_count
-from dery_cli.stages.embed.config import AUTO, EmbedConfig
-from dery_cli.stages.embed.passes import Embedder, embedding_specs
+from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.stages.embed.store import (
     Calibration,
     choose_calibration,
@@ -29,6 +31,10 @@ from dery_cli.stages.embed.store import (
 )
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo, require_zoo
+
+if TYPE_CHECKING:
+    from dery_cli.runtime.processes import Processes
+    from dery_cli.stages.embed.passes import Embedder
 
 _LARGEST_DTYPE = EmbedConfig.DTYPES[-1]
 
@@ -71,22 +77,44 @@ def embed_zoo(terminal: Terminal, space: Workspace, config: EmbedConfig) -> Embe
         StaleError: The zoo is empty.
         DeryError: Images cannot be read, features are not finite, or memory or disk do not suffice.
     """
-    with open_processes(config.device, config.threads, terminal.warn) as processes:
+    if (warning := alone_by_mistake()) is not None:
+        terminal.warn(warning)
+    if not launched():
+        return _embed_zoo(terminal, space, config, lambda: _processes(config))
+    from dery_cli.stages.embed.passes import Embedder
+
+    with _processes(config) as processes:
         if not processes.main:
             Embedder(space, config, processes).follow()
-        _chosen(require_zoo(space), config.donors)  # a wrong name answers before images are read
-        images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-        calibration = choose_calibration(config, images)
-        count = len(calibration.indices)
-        if count < config.samples and config.samples != EmbedConfig.samples:
-            terminal.warn(f"{config.data} has {count} training images, not {config.samples}")
-        if config.dry_run:
-            return _plan(space, config, calibration).result()
-        with space.lock(terminal.note):
-            # another dery may have worked here until now
-            plan = _plan(space, config, calibration)
-            _embed(terminal, space, config, processes, images, plan)
-        return plan.result()
+        return _embed_zoo(terminal, space, config, lambda: contextlib.nullcontext(processes))
+
+
+_Opened = Callable[[], contextlib.AbstractContextManager["Processes"]]
+"""Gives the processes, which are not needed (nor is torch) where all is up to date."""
+
+
+def _processes(config: EmbedConfig) -> contextlib.AbstractContextManager[Processes]:
+    from dery_cli.runtime.processes import open_processes
+
+    return open_processes(config.device, config.threads, lambda _: None)
+
+
+def _embed_zoo(
+    terminal: Terminal, space: Workspace, config: EmbedConfig, opened: _Opened
+) -> Embedded:
+    _chosen(require_zoo(space), config.donors)  # a wrong name answers before images are read
+    images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
+    calibration = choose_calibration(config, images)
+    count = len(calibration.indices)
+    if count < config.samples and config.samples != EmbedConfig.samples:
+        terminal.warn(f"{config.data} has {count} training images, not {config.samples}")
+    if config.dry_run:
+        return _plan(space, config, calibration).result()
+    with space.lock(terminal.note):
+        # another dery may have worked here until now
+        plan = _plan(space, config, calibration)
+        _embed(terminal, space, config, opened, images, plan)
+    return plan.result()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,20 +163,24 @@ def _plan(space: Workspace, config: EmbedConfig, calibration: Calibration) -> _P
         donors=donors,
         records=records,
         todo=todo,
-        sizes={
-            name: stream_nbytes(embedding_specs(donors[name].anatomy.nodes, config, count))
-            for name in todo
-        },
+        sizes={name: _nbytes(donors[name], config, count) for name in todo},
         bad={n: why for n, r in found.items() if r is not None and (why := why_left_out(r))},
         calibration=calibration,
     )
+
+
+def _nbytes(donor: Donor, config: EmbedConfig, count: int) -> int:
+    from dery_cli.io.row_stream import stream_nbytes
+    from dery_cli.stages.embed.passes import embedding_specs
+
+    return stream_nbytes(embedding_specs(donor.anatomy.nodes, config, count))
 
 
 def _embed(
     terminal: Terminal,
     space: Workspace,
     config: EmbedConfig,
-    processes: Processes,
+    opened: _Opened,
     images: DataSet,
     plan: _Plan,
 ) -> None:
@@ -165,7 +197,22 @@ def _embed(
         terminal.say(f"all {len(plan.records)} embeddings are up to date")
         return
     _check_disk(space, sum(plan.sizes.values()))
-    embedder = Embedder(space, config, processes, images)
+    with opened() as processes:
+        _embed_donors(terminal, space, config, processes, images, plan)
+
+
+def _embed_donors(
+    terminal: Terminal,
+    space: Workspace,
+    config: EmbedConfig,
+    processes: Processes,
+    images: DataSet,
+    plan: _Plan,
+) -> None:
+    from dery_cli.stages.embed.passes import Embedder
+
+    inputs = [plan.donors[name].input for name in plan.todo]
+    embedder = Embedder(space, config, processes, images, inputs)
     for name in plan.todo:
         record = plan.records[name]
         try:
@@ -207,11 +254,14 @@ def _embed_one(
     Raises:
         DeryError: Out of memory or disk, an image that cannot be read, features not finite.
     """
+    from dery_cli.runtime.processes import NoMemoryError
+
     started = time.monotonic()
     indices = record.data["indices"]
     auto = config.batch_size == AUTO
     wanted = known_batch_size(space.embedding(donor.name), record) if auto else config.batch_size
-    size = embedder.load(donor, indices, None if wanted is None else int(wanted))
+    size = None if wanted is None else int(wanted)
+    size = embedder.load(donor, indices, size, config.precision)
     dtype = config.dtype
     loaded = time.monotonic()
     with transaction(space.embedding(donor.name)) as work:
@@ -219,21 +269,18 @@ def _embed_one(
         while True:
             try:
                 made = dataclasses.replace(config, dtype=dtype)
-                specs = embedding_specs(donor.anatomy.nodes, made, len(indices))
-                with (
-                    SafetensorsStream(path, specs) as stream,
-                    terminal.progress(donor.name, len(indices)) as progress,
-                ):
-                    for rows in embedder.rows(size, dtype):
-                        for name, tensor in rows.items():
-                            stream.write(name, tensor)
-                        progress.advance(len(rows["0.feat_NC"]))
+                _write_features(terminal, embedder, donor, made, len(indices), size, path)
                 break
             except DeryError as error:
-                if dtype == _LARGEST_DTYPE or not (error.details or {}).get("too_large"):
+                details = error.details or {}
+                if dtype != _LARGEST_DTYPE and details.get("too_large"):
+                    dtype, told = _LARGEST_DTYPE, f"are kept in {_LARGEST_DTYPE}"
+                elif "node" in details and embedder.arithmetic.precision != FP32:
+                    told = f"are computed in {FP32}"
+                    size = embedder.load(donor, indices, size, FP32)
+                else:
                     raise
-                dtype = _LARGEST_DTYPE
-                terminal.warn(f"{donor.name}: {error.message}; its features are kept in {dtype}")
+                terminal.warn(f"{donor.name}: {error.message}; its features {told}")
                 continue
             except NoMemoryError:
                 if size == 1 or not auto:
@@ -243,14 +290,52 @@ def _embed_one(
                     ) from None
             size //= 2
             terminal.note(f"{donor.name}: out of memory, again with batches of {size}")
-        work.commit(finished(record, size, dtype))
-    seconds = time.monotonic() - loaded
+        work.commit(finished(record, size, dtype, embedder.arithmetic))
+    now = time.monotonic()
+    _write_log(space, processes, embedder, record, (now - started, now - loaded))
+
+
+def _write_features(
+    terminal: Terminal,
+    embedder: Embedder,
+    donor: Donor,
+    config: EmbedConfig,
+    count: int,
+    batch_size: int,
+    path: Path,
+) -> None:
+    """One pass of the donor, written as it comes."""
+    from dery_cli.io.row_stream import SafetensorsStream
+    from dery_cli.stages.embed.passes import embedding_specs
+
+    specs = embedding_specs(donor.anatomy.nodes, config, count)
+    with (
+        SafetensorsStream(path, specs) as stream,
+        terminal.progress(donor.name, count) as progress,
+    ):
+        for rows in embedder.rows(batch_size, config.dtype):
+            for name, tensor in rows.items():
+                stream.write(name, tensor)
+            progress.advance(len(rows["0.feat_NC"]))
+
+
+def _write_log(
+    space: Workspace,
+    processes: Processes,
+    embedder: Embedder,
+    record: Artifact,
+    seconds: tuple[float, float],
+) -> None:
+    """What no hash covers; ``seconds`` are those of all and of the passes."""
     write_log(
-        space.embeddings / f"{donor.name}.log.json",
+        space.embeddings / f"{record.data['donor']}.log.json",
         {
-            "seconds": time.monotonic() - started,
-            "images_per_second": len(indices) / seconds,
+            "seconds": seconds[0],
+            "images_per_second": len(record.data["indices"]) / seconds[1],
             "device": str(processes.device),
+            "precision": embedder.arithmetic.precision,
+            "layout": embedder.arithmetic.layout,
+            "tf32": False,
             "processes": processes.count,
             "threads": processes.threads,
         },

@@ -5,20 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from dery_cli.core.similarity.features import feature_specs
 from dery_cli.data.samples import choose_samples, fingerprint
 from dery_cli.data.sets import DataSet
 from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.io.artifacts import Workspace, made_of_the_same, open_artifact, read_record
 from dery_cli.io.look import Opened
 from dery_cli.io.records import Artifact, Kind, canonical_json
-from dery_cli.io.row_stream import LazyRows
 from dery_cli.io.schema import (
     SchemaError,
     any_text,
@@ -32,10 +28,16 @@ from dery_cli.io.schema import (
     plain,
     plain_name,
 )
+from dery_cli.runtime.devices import PRECISIONS, Arithmetic
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.schemas import CLASSES, COUNT, CROP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dery_cli.io.row_stream import LazyRows
 
 EMBED_HINT = "dery embed --data SPEC"
 
@@ -63,6 +65,7 @@ EMBEDDING = Kind(
             "crop": CROP,
             "skip_bad": boolean,
         },
+        {"precision": one_of(*PRECISIONS)},
         more=plain,
     ),
     data=both(
@@ -77,6 +80,8 @@ EMBEDDING = Kind(
             {
                 "batch_size": integer(1),
                 "dtype": one_of(*EmbedConfig.DTYPES),
+                "precision": one_of(*PRECISIONS[1:]),
+                "layout": one_of("contiguous", "channels_last"),
                 "bad": fields(
                     {"message": any_text, "hint": optional(any_text), "node": optional(COUNT)}
                 ),
@@ -162,12 +167,16 @@ def embedding_artifact(donor: Donor, config: EmbedConfig, calibration: Calibrati
     )
 
 
-def finished(record: Artifact, batch_size: int, dtype: str) -> Artifact:
-    """The record of an embedding that was made with this many images a batch.
+def finished(record: Artifact, batch_size: int, dtype: str, arithmetic: Arithmetic) -> Artifact:
+    """The record of an embedding that was made with this many images a batch, computed so.
 
     Where a donor's features are of another type than the option says, the record tells it.
     """
-    made = {"batch_size": batch_size}
+    made = {
+        "batch_size": batch_size,
+        "precision": arithmetic.precision,
+        "layout": arithmetic.layout,
+    }
     other = {} if dtype == record.options["dtype"] else {"dtype": dtype}
     return dataclasses.replace(record, data={**record.data, **made, **other})
 
@@ -208,7 +217,8 @@ class Embeddings:
         left_out: Why each other donor of the workspace's zoo was left out.
         calibration: The images.
         hashes: Content hash of each donor's embedding.
-        rows: Tensors of each donor, which are read when they are sliced.
+        rows: Tensors of each donor, which are read when they are sliced; a donor's file is opened
+            when it is first asked for.
         options: What they were embedded with.
         seed: Of the choice of images.
     """
@@ -217,7 +227,7 @@ class Embeddings:
     left_out: dict[str, str]
     calibration: Calibration
     hashes: dict[str, str]
-    rows: dict[str, dict[str, LazyRows]]
+    rows: Mapping[str, Mapping[str, LazyRows]]
     options: dict[str, Any]
     seed: int | None
 
@@ -294,7 +304,7 @@ def read_embeddings(
             batch_size=min(record.data["batch_size"] for record in usable.values()),
         ),
         hashes={name: record.sha256 for name, record in usable.items()},
-        rows={name: _rows(opened[name], zoo[name]) for name in usable},
+        rows=_Rows({name: (opened[name], zoo[name]) for name in usable}),
         options=dict(first.options),
         seed=first.seed,
     )
@@ -310,7 +320,7 @@ def _open_embedding(workspace: Workspace, donor: Donor) -> Opened:
     path, missing = workspace.embedding(donor.name), f"{donor.name} has no embedding"
     record = read_record(path, EMBEDDING, missing=missing, hint=EMBED_HINT)
     hint = embed_command(record.options, record.seed)
-    opened = open_artifact(path, EMBEDDING, missing=missing, hint=hint)
+    opened = open_artifact(path, EMBEDDING, missing=missing, hint=hint, late=True)
     parents = opened.record.parents
     if parents["weights"] != donor.weights_sha256:
         raise StaleError(f"{donor.name}'s embedding was made from other weights", hint)
@@ -319,12 +329,33 @@ def _open_embedding(workspace: Workspace, donor: Donor) -> Opened:
     return opened
 
 
-def _rows(opened: Opened, donor: Donor) -> dict[str, LazyRows]:
-    """The tensors of a donor's embedding: those that its record promises, and no other.
+class _Rows(Mapping[str, Mapping[str, "LazyRows"]]):
+    """The tensors of each donor's embedding: those that its record promises, and no other."""
 
-    Raises:
-        DeryError: The file holds something else.
-    """
+    def __init__(self, opened: Mapping[str, tuple[Opened, Donor]]) -> None:
+        self._opened = opened
+        self._rows: dict[str, dict[str, LazyRows]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened)
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def __getitem__(self, name: str) -> dict[str, LazyRows]:
+        """A donor's.
+
+        Raises:
+            DeryError: The file holds something else, or is not the same any more.
+        """
+        if name not in self._rows:
+            self._rows[name] = _rows(*self._opened[name])
+        return self._rows[name]
+
+
+def _rows(opened: Opened, donor: Donor) -> dict[str, LazyRows]:
+    from dery_cli.core.similarity.features import feature_specs
+
     options, count = opened.record.options, len(opened.record.data["indices"])
     specs = feature_specs(
         donor.anatomy.nodes,

@@ -103,7 +103,7 @@ def _program_matrix(
     units = [donor.anatomy.num_units for donor in donors]
     place = {entry: row for row, entry in enumerate(similarity.index)}
     compared = [place[donor.name, node] for donor in donors for node in _later_nodes(donor)]
-    sim = similarity.result.clamp().double().numpy()[np.ix_(compared, compared)]
+    sim = similarity.clamped[np.ix_(compared, compared)]
     if similarity.directional:  # both ways count alike
         sim = (sim + sim.T) / 2
     rows = np.concatenate([np.arange(n) + 1 + sum(units[:m]) + m for m, n in enumerate(units)])

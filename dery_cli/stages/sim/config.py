@@ -18,6 +18,9 @@ USES = {
 }
 """What a built-in metric's result depends on beside the features; a plugin's may depend on all."""
 
+DIRECTIONAL = ("lr", "ridge")
+"""Of the built-in metrics those in which sim(i, j) may differ from sim(j, i)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimConfig:

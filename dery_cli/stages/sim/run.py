@@ -6,15 +6,14 @@ import contextlib
 import dataclasses
 import time
 
-from dery_cli.core.similarity.compare import Known, model_similarity, similarity
-from dery_cli.core.similarity.metric import Metric, MetricOptions, Similarity
+from dery_cli.core.similarity.metric import Known, Metric, MetricOptions, Similarity
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace, write_log
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.embed.store import Embeddings, read_embeddings
-from dery_cli.stages.sim.config import SimConfig
+from dery_cli.stages.sim.config import DIRECTIONAL, SimConfig
 from dery_cli.stages.sim.store import (
     StoredSimilarity,
     node_index,
@@ -57,14 +56,15 @@ def compare_zoo(terminal: Terminal, space: Workspace, config: SimConfig) -> Comp
         DeryError: The metric or a file is broken.
     """
     require_zoo(space)
-    metric = find_metric(config.metric)
+    metric = None if config.built_in else find_metric(config.metric)
+    directional = config.metric in DIRECTIONAL if metric is None else metric.directional
     with space.lock(terminal.note):
         embeddings = read_embeddings(space, require_zoo(space))
         for warning in embeddings.warnings:
             terminal.warn(warning)
         options = config.metric_options(len(embeddings.calibration.indices))
         record = similarity_artifact(
-            embeddings, config.metric, config.recorded(options), directional=metric.directional
+            embeddings, config.metric, config.recorded(options), directional=directional
         )
         started = time.monotonic()
         stored = unchanged_similarity(space, record)
@@ -75,10 +75,16 @@ def compare_zoo(terminal: Terminal, space: Workspace, config: SimConfig) -> Comp
                 options, memory=config.memory, device=str(pick_device(config.device))
             )
             known = _known(space, record, embeddings)
+            metric = metric or find_metric(config.metric)
             result = _compute(terminal, config, embeddings, metric, options, known)
             stored = write_similarity(space, record, result)
             seconds = time.monotonic() - started
-            log = {"seconds": seconds, "reused": known is not None}
+            log = {
+                "seconds": seconds,
+                "reused": known is not None,
+                "device": options.device,
+                "tf32": False,
+            }
             write_log(space.similarity(config.metric).with_suffix(".log.json"), log)
             terminal.say(
                 f"compared {len(stored.index)} nodes of {len(embeddings.zoo)} donors "
@@ -91,6 +97,7 @@ def _known(space: Workspace, record: Artifact, embeddings: Embeddings) -> Known 
     """The earlier matrix, where it has the same options and some of the same embeddings."""
     try:
         before = read_similarity(space, record.options["metric"])
+        before.result  # noqa: B018 - what cannot be read cannot be built on
     except DeryError:
         return None
     if dict(before.record.options) != dict(record.options) or before.record.seed != record.seed:
@@ -115,6 +122,8 @@ def _compute(
     options: MetricOptions,
     known: Known | None,
 ) -> Similarity:
+    from dery_cli.core.similarity.compare import similarity
+
     index = node_index(embeddings.zoo)
     foreign = (
         contextlib.nullcontext() if config.built_in else guarded(config.metric, "a similarity")
@@ -140,9 +149,11 @@ def _compute(
 
 
 def _compared(stored: StoredSimilarity) -> Compared:
+    from dery_cli.core.similarity.models import model_similarity
+
     names = list(dict.fromkeys(name for name, _ in stored.index))
     owner = {name: number for number, name in enumerate(names)}
-    sim_MM = model_similarity(stored.result.clamp().double(), [owner[n] for n, _ in stored.index])
+    sim_MM = model_similarity(stored.clamped, [owner[n] for n, _ in stored.index])
     pairs = sorted(
         ((float(sim_MM[i, j]), names[i], names[j]) for i in range(len(names)) for j in range(i)),
         reverse=True,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from dery_cli.core.similarity.metric import Similarity
 from dery_cli.errors import DeryError, StaleError
@@ -16,6 +17,9 @@ from dery_cli.io.schema import boolean, fields, file_name, integer, list_of, pla
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.zoo.registry import Zoo
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SIMILARITY = Kind(
     name="similarity",
     version=1,
@@ -26,17 +30,33 @@ SIMILARITY = Kind(
 
 @dataclasses.dataclass(frozen=True)
 class StoredSimilarity:
-    """A similarity matrix read back.
+    """A similarity matrix that is on disk, read when it is asked for.
 
     Args:
         record: Its record.
-        result: The matrix and its numerators, over the nodes 1..n of every donor.
-        index: (donor, node) of each row.
+        index: (donor, node) of each row: the nodes 1..n of every donor.
+        read: Gives the matrix and its numerators.
+        read_matrix: Gives the matrix alone, without torch.
     """
 
     record: Artifact
-    result: Similarity
     index: tuple[tuple[str, int], ...]
+    read: Callable[[], Similarity]
+    read_matrix: Callable[[], np.ndarray[Any, Any]]
+
+    @functools.cached_property
+    def result(self) -> Similarity:
+        """The matrix and its numerators.
+
+        Raises:
+            DeryError: The file is not of its record's nodes.
+        """
+        return self.read()
+
+    @functools.cached_property
+    def clamped(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The matrix within [0, 1], in float64; takes no torch, else as ``result``."""
+        return self.read_matrix().astype("float64").clip(0.0, 1.0)
 
     @property
     def directional(self) -> bool:
@@ -87,7 +107,12 @@ def write_similarity(
     with transaction(path) as work:
         work.write_tensors(path.with_suffix(".safetensors").name, tensors)
         record = work.commit(record)
-    return StoredSimilarity(record=record, result=result, index=_index(record))
+    return StoredSimilarity(
+        record=record,
+        index=_index(record),
+        read=lambda: result,
+        read_matrix=lambda: result.sim_PP.numpy(),
+    )
 
 
 def read_similarity(workspace: Workspace, metric: str) -> StoredSimilarity:
@@ -99,37 +124,41 @@ def read_similarity(workspace: Workspace, metric: str) -> StoredSimilarity:
     """
     missing = f"there is no similarity matrix '{metric}'"
     path, hint = workspace.similarity(metric), f"dery sim --metric {metric}"
-    return _stored(open_artifact(path, SIMILARITY, missing=missing, hint=hint))
+    return _stored(open_artifact(path, SIMILARITY, missing=missing, hint=hint, late=True))
 
 
 def unchanged_similarity(workspace: Workspace, wanted: Artifact) -> StoredSimilarity | None:
     """The matrix of the same embeddings and options, if it is there and whole."""
-    opened = open_unchanged(workspace.similarity(wanted.options["metric"]), wanted)
+    opened = open_unchanged(workspace.similarity(wanted.options["metric"]), wanted, late=True)
     if opened is None:
         return None
-    with contextlib.suppress(DeryError):
-        return _stored(opened)
-    return None
+    stored = _stored(opened)
+    try:
+        stored.clamped  # noqa: B018 - what does not fit its record counts as none
+    except DeryError:
+        return None
+    return stored
 
 
 def _stored(opened: Opened) -> StoredSimilarity:
-    """The matrix that was opened.
-
-    Raises:
-        DeryError: It is not of its record's nodes.
-    """
     record = opened.record
     file = opened.path.with_suffix(".safetensors").name
-    tensors = opened.tensors(file, shapes(len(record.data["index"])))
+    wanted = shapes(len(record.data["index"]))
+
+    def read() -> Similarity:
+        found = opened.tensors(file, wanted)
+        return Similarity(
+            metric=record.options["metric"],
+            sim_PP=found["sim_PP"],
+            numer_PP=found["numer_PP"],
+            unit_P=found["unit_P"],
+        )
+
     return StoredSimilarity(
         record=record,
-        result=Similarity(
-            metric=record.options["metric"],
-            sim_PP=tensors["sim_PP"],
-            numer_PP=tensors["numer_PP"],
-            unit_P=tensors["unit_P"],
-        ),
         index=_index(record),
+        read=read,
+        read_matrix=lambda: opened.arrays(file, wanted)["sim_PP"],
     )
 
 

@@ -81,15 +81,63 @@ def test_a_read_is_of_the_bytes_that_were_hashed(tmp_path, monkeypatch):
     write(path, 1)
     real, times = look._tensor_file, []
 
-    def late(place, name, file):
+    def late(place, name, file, *rest):
         times.extend([place] if place.name == TENSORS else [])
         if len(times) == 1 and place.name == TENSORS:
             write(path, 2)
-        return real(place, name, file)
+        return real(place, name, file, *rest)
 
     monkeypatch.setattr(look, "_tensor_file", late)
     assert value_of(opened(path)) == 2
     assert len(times) == 2
+
+
+def opened_late(path):
+    return open_artifact(path, KIND, missing="", hint=HINT, late=True)
+
+
+def test_a_late_file_is_read_when_it_is_asked_for(tmp_path):
+    path = tmp_path / "sample.json"
+    write(path, 1)
+    found = opened_late(path)
+    assert value_of(found) == 1
+    arrays = found.arrays(TENSORS, {"x": (10,)})
+    assert arrays["x"].tolist() == [1.0] * 10
+    assert opened(path).arrays(TENSORS, {"x": (10,)})["x"].tolist() == [1.0] * 10
+    for give in (found.arrays, found.tensors):
+        with pytest.raises(DeryError, match="'x' is not what it should be"):
+            give(TENSORS, {"x": (9,)})
+
+
+@pytest.mark.parametrize("give", ["arrays", "tensors"])
+def test_a_late_file_that_was_replaced_is_not_taken_for_what_was_hashed(tmp_path, give):
+    path = tmp_path / "sample.json"
+    write(path, 1)
+    found = opened_late(path)
+    write(path, 2)
+    with pytest.raises(DeryError, match=f"{TENSORS} cannot be read: it was replaced meanwhile"):
+        getattr(found, give)(TENSORS, {"x": (10,)})
+
+
+def test_a_late_file_that_was_pending_may_get_its_name(tmp_path):
+    path = tmp_path / "sample.json"
+    write(path, 1)
+    final = tmp_path / TENSORS
+    pending = journal.pending_path(final)
+    os.rename(final, pending)
+    found = opened_late(path)
+    os.rename(pending, final)
+    assert value_of(found) == 1
+
+
+def test_a_damaged_late_file_is_one_line(tmp_path):
+    path = tmp_path / "sample.json"
+    with transaction(path) as work:
+        work.write_text(TENSORS, "no tensors at all")
+        work.commit(record(1))
+    for give in ("arrays", "tensors"):
+        with pytest.raises(DeryError, match=f"{TENSORS} cannot be read: "):
+            getattr(opened_late(path), give)(TENSORS, {"x": (10,)})
 
 
 def test_what_is_open_stays_as_it_was(tmp_path):

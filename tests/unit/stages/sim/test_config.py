@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dery_cli.errors import UsageError
-from dery_cli.stages.sim.config import SimConfig
+from dery_cli.stages.sim.config import DIRECTIONAL, USES, SimConfig
+from dery_cli.zoo.plugin import find_metric
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,11 @@ def test_an_option_of_another_metric_is_refused(options, owner):
     with pytest.raises(UsageError, match="is no option of the metric") as caught:
         SimConfig(**options)
     assert caught.value.hint == f"it belongs to {owner}"
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_metrics_are_directional_as_the_stage_believes(name):
+    assert find_metric(name).directional == (name in DIRECTIONAL)
 
 
 def test_an_unknown_metric_lists_those_there_are():
