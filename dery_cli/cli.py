@@ -16,6 +16,7 @@ from dery_cli.commands.assemble import assemble
 from dery_cli.commands.demo import demo
 from dery_cli.commands.embed import embed
 from dery_cli.commands.evaluate import evaluate
+from dery_cli.commands.export import export
 from dery_cli.commands.finetune import finetune
 from dery_cli.commands.partition import partition
 from dery_cli.commands.sim import sim
@@ -35,7 +36,7 @@ app = typer.Typer(
     help=(
         "Take a zoo of pretrained vision models apart and assemble, under a parameter and FLOP "
         "budget, a new network from the parts.\n\n"
-        "In order: zoo add, embed, sim, partition, assemble, finetune, eval. "
+        "In order: zoo add, embed, sim, partition, assemble, finetune, eval, export. "
         "'dery demo' runs them all on a small zoo that comes with dery."
     ),
     no_args_is_help=True,
@@ -50,6 +51,7 @@ app.command("partition")(partition)
 app.command("assemble")(assemble)
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)
+app.command("export")(export)
 app.command("demo")(demo)
 
 
