@@ -177,8 +177,6 @@ class _Exporter:
         described = metadata.describe(
             self.assembly, format=config.format, model=_FILES[config.format]
         )
-        if config.format == "executorch":
-            described["input"]["batch"] = f"1 to {as_executorch.MOST}"
         folded: int | None = None
         self.terminal.note(f"converting to {config.format}")
         if config.format == "safetensors":
@@ -218,7 +216,9 @@ class _Exporter:
             return self._compared(as_torch_export.load(self.work))
         if self.config.format == "executorch":
             as_executorch.write(program, self.work)
-            return self._compared(as_executorch.load(self.work))
+            exported, most = as_executorch.load(self.work)
+            described["input"]["batch"] = f"1 to {most}"
+            return self._compared(exported)
         file = _FLOAT if self.config.int8 else as_onnx.FILE
         as_onnx.write(program, self.work, file)
         return self._compared(as_onnx.load(self.work, file))
