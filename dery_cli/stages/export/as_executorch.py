@@ -59,7 +59,7 @@ def load(folder: Path) -> tuple[Runnable, int]:
         most = int(method.metadata.input_tensor_meta(0).sizes()[0])
 
     def run(x_NCHW: Tensor) -> Tensor:
-        parts = [method.execute([x.contiguous()])[0].clone() for x in x_NCHW.split(most)]
+        parts = [method.execute([x.contiguous()])[0].clone() for x in torch.split(x_NCHW, most)]
         return torch.cat(parts)  # cloned: the memory is used again by the next batch
 
     return run, most
