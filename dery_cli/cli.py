@@ -17,6 +17,7 @@ from dery_cli.commands.demo import demo
 from dery_cli.commands.doctor import doctor
 from dery_cli.commands.embed import embed
 from dery_cli.commands.evaluate import evaluate
+from dery_cli.commands.export import export
 from dery_cli.commands.finetune import finetune
 from dery_cli.commands.partition import partition
 from dery_cli.commands.predict import predict
@@ -38,7 +39,7 @@ app = typer.Typer(
     help=(
         "Take a zoo of pretrained vision models apart and assemble, under a parameter and FLOP "
         "budget, a new network from the parts.\n\n"
-        "In order: zoo add, embed, sim, partition, assemble, finetune, eval. "
+        "In order: zoo add, embed, sim, partition, assemble, finetune, eval, export. "
         "'dery demo' runs them all on a small zoo that comes with dery."
     ),
     no_args_is_help=True,
@@ -56,6 +57,7 @@ app.command("eval")(evaluate)
 app.command("predict")(predict)
 app.command("status")(status)
 app.command("doctor")(doctor)
+app.command("export")(export)
 app.command("demo")(demo)
 
 

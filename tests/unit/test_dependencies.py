@@ -23,7 +23,7 @@ TOOLS = {"hatchling", "mypy", "pytest-xdist", "ruff"}
 """Run, never imported."""
 OPTIONAL = {"torch_cka"}
 """What a bench compares with where it is installed."""
-STAND_INS = {"torch.utils.tensorboard": "tensorboard"}
+STAND_INS = {"torch.utils.tensorboard": "tensorboard", "torch.onnx": "onnxscript"}
 """Modules of one distribution that need another."""
 
 
@@ -72,7 +72,9 @@ def shipped() -> list[Path]:
     return [path for path in files if path.relative_to(ROOT).as_posix() not in SCRIPTS]
 
 
-USED = {*PROJECT["dependencies"], "dery-cli[all]"}
+APART = ("executorch",)
+"""Extras that `all` leaves out: each release of executorch is built for one release of torch."""
+USED = {*PROJECT["dependencies"], "dery-cli[all]", *(f"dery-cli[{extra}]" for extra in APART)}
 
 
 def test_what_is_shipped_imports_only_what_it_declares():
@@ -98,7 +100,10 @@ def test_what_dev_adds_is_imported_or_run():
 
 def test_all_holds_every_optional_part_and_dev_includes_it():
     parts = {
-        name for extra, names in EXTRAS.items() if extra != "dev" for name in distributions(names)
+        name
+        for extra, names in EXTRAS.items()
+        if extra not in {"dev", *APART}
+        for name in distributions(names)
     }
     assert set(distributions(EXTRAS["all"])) == parts
     assert parts <= set(distributions(EXTRAS["dev"]))

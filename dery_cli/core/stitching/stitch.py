@@ -120,10 +120,11 @@ class Stitch(nn.Module):
             y_NDHW = self.channels(resample(grid_NCHW, self.target.grid))
         if self.position is not None:
             y_NDHW = y_NDHW + self.position
-        tokens_NTD = y_NDHW.new_zeros(len(x), 0, self.target.num_chs)
+        tokens_NTD = y_NDHW.new_zeros(x.shape[0], 0, self.target.num_chs)
         if self.prefix is not None:
             summary_NC = prefix_inputs(grid_NCHW, prefix_NTC)
-            tokens_NTD = self.prefix(summary_NC).reshape(len(x), self.target.num_prefix_tokens, -1)
+            tokens_NTD = self.prefix(summary_NC)
+            tokens_NTD = tokens_NTD.reshape(-1, self.target.num_prefix_tokens, self.target.num_chs)
         return join_tokens(y_NDHW, tokens_NTD, self.target)
 
     def extra_repr(self) -> str:

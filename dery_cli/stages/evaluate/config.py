@@ -9,6 +9,7 @@ from typing import ClassVar
 from dery_cli.errors import StaleError, UsageError
 from dery_cli.io.artifacts import Workspace, is_there
 from dery_cli.sizes import check_at_least, check_one_of
+from dery_cli.types import is_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,10 @@ def find_network(space: Workspace, what: str | None) -> Path:
             if is_there(path / "run.json") or is_there(path / "assembly.json"):
                 return path
         raise StaleError(f"no run or assembly 'default' in {space.root}", "dery assemble")
-    for path in (Path(what), space.root / what):
+    places = [Path(what), space.root / what]
+    if is_name(what):
+        places += [space.run(what), space.assembly(what).parent]
+    for path in places:
         if path.is_dir():
             return path
     raise UsageError(

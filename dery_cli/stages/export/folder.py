@@ -1,0 +1,102 @@
+"""The exported folder: written beside its place under another name, then renamed as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dery_cli.errors import UsageError
+from dery_cli.io.files import not_written, sync
+
+METADATA = "metadata.json"
+SCHEMA = "dery/export"
+
+
+def check_place(to: Path, *, force: bool) -> Path:
+    """The folder that may be written.
+
+    Raises:
+        UsageError: There is something; with ``force``, something that is no earlier export.
+    """
+    place = Path(os.path.abspath(to.expanduser()))
+    if not os.path.lexists(place):
+        return place
+    if not force:
+        raise UsageError(f"{to} is there already", "give another --to, or replace it with --force")
+    if not _is_export(place):
+        raise UsageError(
+            f"{to} is no folder that dery export wrote, and is not replaced",
+            "give another --to",
+        )
+    return place
+
+
+def _is_export(place: Path) -> bool:
+    if place.is_symlink() or not place.is_dir():
+        return False
+    try:
+        found = json.loads((place / METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("schema") == SCHEMA
+
+
+@contextlib.contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """An empty folder that takes its place at the end of the block; any exception removes it.
+
+    What lay there before stays until then.
+
+    Raises:
+        DeryError: The disk is full, or the folder cannot be written.
+    """
+    made: list[Path] = []
+    work: Path | None = None
+    try:
+        made = _make_parents(place.parent)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=place.parent))
+        yield work
+        for path in (*work.iterdir(), work):
+            if path.is_file():
+                path.chmod(0o644)
+            sync(path)
+        _put(work, place)
+    except BaseException as error:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        for parent in reversed(made):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise not_written(place, error) from error
+        raise
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder and those above it; the ones that were not there, from the top down."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _put(work: Path, place: Path) -> None:
+    """Rename ``work`` to ``place``; an earlier export goes only when it has taken its place."""
+    mask = os.umask(0)
+    os.umask(mask)
+    work.chmod(0o777 & ~mask)
+    old = work.with_name(work.name + ".old")
+    if place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(work, place)
+    except OSError:
+        if old.exists():
+            os.replace(old, place)
+        raise
+    sync(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
