@@ -145,7 +145,7 @@ class _Images:
             yield x_NCHW, label_N[start:stop]
 
     def _some(self, split: ImageSplit) -> Iterator[Tensor]:
-        chosen = sorted(choose_samples(len(split), self.most, seed=0))
+        chosen = list(choose_samples(range(len(split)), split.labels, self.most, seed=0))
         yield from self._batches(split, chosen[:1])
         yield from self._batches(split, chosen[1:])
 
