@@ -54,14 +54,17 @@ def evaluate(
         device=device,
         workers=workers,
     )
-    folder = find_network(open_workspace(workspace), what)
+    space = open_workspace(workspace)
+    folder = find_network(space, what)
     from dery_cli.stages.evaluate.run import evaluate_network
 
     found = evaluate_network(terminal, folder, config)
     result = found.result
     top5 = "" if result.top5 is None else f", top-5 {result.top5:.4f}"
+    if what is None and folder != space.run("default") and space.run("default").is_dir():
+        terminal.warn(f"the run 'default' is unfinished or gone: this is {folder}")
     terminal.say(
-        f"top-1 {result.top1:.4f}{top5} on {result.images} {split} images of {found.data}, "
+        f"{folder}: top-1 {result.top1:.4f}{top5} on {result.images} {split} images of {found.data}, "
         f"loss {result.loss:.4f}, {result.images_per_second:.0f} images/s"
     )
     _show_classes(terminal, result, confusion=confusion)

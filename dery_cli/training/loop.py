@@ -450,6 +450,10 @@ class _Run:
         self.step = self.saved_step = saved.step
         self.loss_sum, self.loss_count = saved.state["loss"]
         self.best = {k: math.nan if v is None else v for k, v in saved.state["best"].items()}
+        if self.best:  # the end would fall back on the last weights, without a word
+            ckpt.load_checkpoint(
+                ckpt.checkpoint_folder(self.run_dir, "best", self.best["step"]), only="model"
+            )
         self.calmed, self.good_step, first, recent = saved.state["guard"]
         self.guard = LossGuard(len(self.classes), first, recent)
         self.fixed_norms = frozenset(saved.state["fixed_norms"])

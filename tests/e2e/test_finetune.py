@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -487,3 +488,25 @@ def test_curves_change_nothing_of_the_run(copied, tmp_path):
     assert len(list(folder.iterdir())) == 1
     after = snapshot(tmp_path / "ws")
     assert before == {name: data for name, data in after.items() if "tensorboard" not in name}
+
+
+@pytest.mark.parametrize("damage", ["delete", "flip"])
+def test_a_run_whose_best_weights_are_lost_begins_anew(copied, tmp_path, damage):
+    line = "--steps 6 --report-every 2 --batch-size 8 --valid-fraction 0.2 --effort 0 --name lost"
+    first = tune(copied, line)["result"]
+    folder = tmp_path / "ws" / "runs" / "lost"
+    (folder / "run.json").unlink()
+    (best,) = folder.glob("best-*")
+    if damage == "delete":
+        shutil.rmtree(best)
+    else:
+        weights = best / "model.safetensors"
+        raw = bytearray(weights.read_bytes())
+        raw[-1] ^= 1
+        weights.write_bytes(raw)
+    again = copied("finetune", *line.split(), "--json")
+    assert again.code == 0, again.stderr
+    assert "begun anew" in " ".join(again.json["warnings"])
+    assert best.name in " ".join(again.json["warnings"])
+    assert again.json["result"]["best"] == first["best"]
+    assert again.json["result"]["test_top1"] == first["test_top1"]
