@@ -64,7 +64,8 @@ def evaluate(
     if what is None and folder != space.run("default") and space.run("default").is_dir():
         terminal.warn(f"the run 'default' is unfinished or gone: this is {folder}")
     terminal.say(
-        f"{folder}: top-1 {result.top1:.4f}{top5} on {result.images} {split} images of {found.data}, "
+        f"{folder}: top-1 {result.top1:.4f}{top5} on {result.images} {split} images of "
+        f"{found.data}, "
         f"loss {result.loss:.4f}, {result.images_per_second:.0f} images/s"
     )
     _show_classes(terminal, result, confusion=confusion)

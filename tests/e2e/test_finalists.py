@@ -45,15 +45,16 @@ def test_with_no_finalists_the_proxy_decides(copied, tmp_path, no_finalists):
     assert "held out" not in outcome.stderr
 
 
-def test_the_most_accurate_of_those_tried_is_picked(copied, tmp_path):
+def test_the_best_of_those_tried_is_picked(copied, tmp_path):
     outcome = copied(*ASSEMBLE, "--effort", "5")
     assert outcome.code == 0, outcome.stderr
     path = tmp_path / "ws" / "assemblies" / "default" / "candidates.json"
     listed = json.loads(path.read_text())["candidates"]
     tried = [entry for entry in listed if entry["held_out"] is not None]
     assert len(tried) > 3  # controls are tried too
-    best = max(tried, key=lambda entry: entry["held_out"])
+    best = min(tried, key=lambda entry: entry["held_out_loss"])
     assert outcome.json["result"]["held_out"] == best["held_out"]
+    assert outcome.json["result"]["name"] == best["network"]
     assert "held out" in outcome.stderr
 
 

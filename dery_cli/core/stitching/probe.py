@@ -6,6 +6,7 @@ Legend: N samples, R rank, C input channels, D output channels (classes), P pena
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,11 +54,13 @@ class Judgement:
             nor chosen with it.
         penalty: Of the ridge regression, the best on all of them.
         temperature: Factor of the logits, likewise.
+        cross_entropy: In nats, of the same samples as the accuracy and nested as it is.
     """
 
     accuracy: float
     penalty: float
     temperature: float
+    cross_entropy: float
 
 
 def stratified_folds(label_N: Tensor, folds: int) -> Tensor:
@@ -106,6 +109,7 @@ def fit_classifier(
                 accuracy=_accuracy(score_ND, label_N),
                 penalty=RIDGE_PENALTIES[best],
                 temperature=best_temperature(score_ND, label_N),
+                cross_entropy=math.nan,
             )
         weight_CD, offset_D = _kernel_ridge(z_NC, target_ND, (chosen.penalty,))[0]
         weight_CD = chosen.temperature * weight_CD * scale_C[:, None]
@@ -139,20 +143,20 @@ def judge(parts: Sequence[HeldOut], label_N: Tensor, num_classes: int) -> Judgem
         score_PND = _held_out_scores(scaled, target_ND)[:, asked_N]
         wanted_ND, asked_label_N = target_ND[asked_N], label_N[asked_N]
         best = _best_penalty(score_PND, wanted_ND)
-        hits = 0.0
+        logits_ND = torch.zeros_like(wanted_ND)
         half_N = stratified_folds(asked_label_N, 2)
         for half in range(2):
             inside_N = half_N == half
             if inside_N.any():
                 others_N = ~inside_N if (~inside_N).any() else inside_N
                 chosen = _best_penalty(score_PND[:, others_N], wanted_ND[others_N])
-                hits += _accuracy(score_PND[chosen, inside_N], asked_label_N[inside_N]) * float(
-                    inside_N.sum()
-                )
+                factor = best_temperature(score_PND[chosen, others_N], asked_label_N[others_N])
+                logits_ND[inside_N] = factor * score_PND[chosen, inside_N]
         return Judgement(
-            accuracy=hits / len(asked_label_N),
+            accuracy=_accuracy(logits_ND, asked_label_N),
             penalty=RIDGE_PENALTIES[best],
             temperature=best_temperature(score_PND[best], asked_label_N),
+            cross_entropy=float(torch.nn.functional.cross_entropy(logits_ND, asked_label_N)),
         )
 
 

@@ -110,9 +110,9 @@ class Chooser:
             entries = self.try_out(self.score(smaller, "building without adapters"))
             tried += entries
             other = pick(entries)
-            assert other.held_out is not None
-            assert best.held_out is not None
-            if other.held_out < best.held_out:
+            assert other.trial is not None
+            assert best.trial is not None
+            if other.trial.cross_entropy > best.trial.cross_entropy:
                 return best, tried
             best = other
 

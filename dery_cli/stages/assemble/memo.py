@@ -37,7 +37,12 @@ BUILD = Kind(
     parents=("target",),
     data=fields(
         {"value": SCORE},
-        {"fits": list_of(optional(_FIT)), "penalty": number(), "temperature": number()},
+        {
+            "fits": list_of(optional(_FIT)),
+            "penalty": number(),
+            "temperature": number(),
+            "cross_entropy": number(),
+        },
     ),
 )
 
@@ -93,6 +98,7 @@ class Memo:
             accuracy=found["value"],
             penalty=found["penalty"],
             temperature=found["temperature"],
+            cross_entropy=found["cross_entropy"],
         )
 
     def keep_trial(self, candidate: Candidate, trial: Judgement) -> None:
@@ -103,6 +109,7 @@ class Memo:
                 "value": trial.accuracy,
                 "penalty": trial.penalty,
                 "temperature": trial.temperature,
+                "cross_entropy": trial.cross_entropy,
             },
         )
 

@@ -38,6 +38,7 @@ _SCORED: dict[str, Any] = {
     "memory_bytes": optional(COUNT),
     "proxy": SCORE,
     "held_out": SCORE,
+    "held_out_loss": SCORE,
     "r2": list_of(SCORE),
 }
 CANDIDATES = fields(

@@ -78,7 +78,7 @@ class Rebuilder:
             workers=workers,
         )
         head = record.data["head"]
-        self._chosen = None if head is None else Judgement(accuracy=0.0, **head)
+        self._chosen = None if head is None else Judgement(accuracy=0.0, cross_entropy=0.0, **head)
 
     def fitted_on(self, indices: Sequence[int]) -> AssembledNetwork:
         """The network as these images alone would have made it, in eval mode.

@@ -99,6 +99,7 @@ SCORED = {
     "memory_bytes": None,
     "proxy": 0.5,
     "held_out": None,
+    "held_out_loss": None,
     "r2": [None, 0.5],
 }
 RECORDS: list[Artifact] = [

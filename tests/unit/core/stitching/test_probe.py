@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -110,12 +112,10 @@ def test_a_classifier_is_fitted_as_it_was_judged():
     x_NC = torch.randn(90, 8, generator=torch.Generator().manual_seed(4))
     x_NC[:, 0] += label_N
     plain = fit_classifier(x_NC, label_N, 3)
-    chosen = Judgement(accuracy=0.5, penalty=0.1, temperature=7.0)
+    chosen = Judgement(accuracy=0.5, penalty=0.1, temperature=7.0, cross_entropy=1.0)
     given = fit_classifier(x_NC, label_N, 3, chosen=chosen)
     assert given.accuracy == 0.5
-    hotter = fit_classifier(
-        x_NC, label_N, 3, chosen=Judgement(accuracy=0.5, penalty=0.1, temperature=14.0)
-    )
+    hotter = fit_classifier(x_NC, label_N, 3, chosen=dataclasses.replace(chosen, temperature=14.0))
     assert torch.allclose(2 * given.weight_CD, hotter.weight_CD)
     assert not torch.allclose(plain.weight_CD, given.weight_CD)
 

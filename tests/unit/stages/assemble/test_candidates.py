@@ -17,7 +17,7 @@ def entry(name, proxy, *, whole=False, params=10, held_out=None) -> Scored:
         program_score=None,
         whole=whole,
     )
-    trial = None if held_out is None else Judgement(held_out, 1.0, 1.0)
+    trial = None if held_out is None else Judgement(held_out, 1.0, 1.0, 1 - held_out)
     return Scored(candidate=candidate, proxy=proxy, fits=(None,) * len(refs), trial=trial)
 
 

@@ -32,6 +32,10 @@ def candidate(name, params=10, *, whole=False, reestimated=False):
     )
 
 
+def judgement(accuracy):
+    return Judgement(accuracy, 1.0, 1.0, 1 - accuracy)
+
+
 class Builder:
     """Gives what a table says, and counts."""
 
@@ -49,7 +53,7 @@ class Builder:
 
     def try_out(self, candidates, advance):
         self.tried += candidates
-        return [Judgement(self.trials[c.refs[0].donor], 1.0, 1.0) for c in candidates]
+        return [judgement(self.trials[c.refs[0].donor]) for c in candidates]
 
 
 class Setting:
@@ -147,7 +151,7 @@ def test_a_given_network_is_picked_whatever_the_controls_come_to(chooser_of):
 def test_an_adapter_that_does_not_beat_its_removal_is_dropped(chooser_of, worth, left):
     class Worth(Builder):
         def try_out(self, candidates, advance):
-            return [Judgement(0.5 + worth * len(c.refs), 1.0, 1.0) for c in candidates]
+            return [judgement(0.5 + worth * len(c.refs)) for c in candidates]
 
     adapted = dataclasses.replace(
         candidate("a"),
