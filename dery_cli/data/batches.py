@@ -243,10 +243,12 @@ class ImageStore:
         rows = min(len(self._row), self._left // image_bytes)
         self._left -= rows * image_bytes
         for size, spec in new.items():
+            with torch.inference_mode(False):  # or nobody outside of it could add to them
+                pixels_NCHW = torch.empty((rows, *shapes[size]), dtype=torch.uint8)
             self._kept[size] = _Kept(
                 view=EvalTransform(spec, self._crop),
                 shape=shapes[size],
-                pixels_NCHW=torch.empty((rows, *shapes[size]), dtype=torch.uint8),
+                pixels_NCHW=pixels_NCHW,
                 done=bytearray(rows),
             )
 

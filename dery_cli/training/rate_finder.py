@@ -393,9 +393,10 @@ def _judged(
 def choose(trials: Sequence[RateTrial]) -> RateTrial | None:
     """The trial whose rate a run may take; None where none of them speaks for training.
 
-    Admitted is a trial that ended above its start; where a bolder one did harm, by more than its
-    standard error: a run goes further than a trial at its rate, about as far as a bolder one. Of
-    those admitted that of the largest gain, and the boldest of equals.
+    Admitted is a trial that ended no worse than its start, for a run has more images than a trial;
+    where a bolder one did harm, one that ended better by more than its standard error: a run goes
+    further than a trial at its rate, about as far as a bolder one. Of those admitted that of the
+    largest gain, and the boldest of equals.
 
     Args:
         trials: The boldest first.
@@ -404,7 +405,7 @@ def choose(trials: Sequence[RateTrial]) -> RateTrial | None:
     harm = False
     for one in trials:
         harm = harm or one.harmed
-        admitted = one.gain > (one.error if harm else 0)
+        admitted = one.gain > one.error if harm else one.gain >= 0
         if admitted and (best is None or one.gain > best.gain):
             best = one
     return best

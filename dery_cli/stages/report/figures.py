@@ -276,7 +276,7 @@ def _network(found: Gathered) -> Drawn:
         )
         drawn.hover(bars[0], f"{format_network([ref])}: {show_count(flops[place])} multiply-adds")
         axes.annotate(
-            printable(f"{_short(ref.donor)}\n[{ref.start}:{ref.stop}]"),
+            f"{printable(_short(ref.donor))}\n[{ref.start}:{ref.stop}]",
             (left + width / 2, 0.06),
             ha="center",
             va="top",

@@ -124,3 +124,11 @@ def test_a_broken_image_is_named(keep_bytes):
     store = ImageStore(Split(broken=12), INDICES, keep_bytes=keep_bytes, **options())
     with pytest.raises(DeryError, match="12"):
         list(store.view(SMALL, INDICES))
+
+
+def test_images_that_were_first_looked_at_without_gradients_can_be_added_to():
+    store = ImageStore(Split(), range(20), crop=1.0, batch_size=5, device=torch.device("cpu"))
+    with torch.inference_mode():
+        first = list(store.view(SMALL, range(10)))
+    second = list(store.view(SMALL, range(20)))
+    assert torch.equal(torch.cat(first), torch.cat(second)[:10])

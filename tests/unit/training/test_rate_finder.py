@@ -68,7 +68,7 @@ def find(parts, options, folder, steps=12, **settings):
         ([0.05, 0.05], 0),  # the boldest of equals
         ([-0.01, 0.01], 1),  # level is no harm: what is above the start will do
         ([-0.01, -0.005], None),
-        ([0.0, 0.0], None),
+        ([0.0, 0.0], 0),  # level: a run has more images than its trial
         ([-0.05, 0.03], 1),
         # after harm, level with the start is not enough: a run goes further than its trial
         ([-0.05, 0.01], None),
