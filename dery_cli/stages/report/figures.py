@@ -73,7 +73,7 @@ class Drawn:
         with rc_context(STYLE):
             self.figure.savefig(stream, format="svg", metadata={"Date": None}, bbox_inches="tight")
         text = stream.getvalue()
-        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
         for colour in _TEXT:
             text = text.replace(f"fill: {colour}", "fill: currentColor")
             text = text.replace(f"stroke: {colour}", "stroke: currentColor")
