@@ -282,7 +282,7 @@ def test_a_full_disk_leaves_the_old_embedding(ws, dery):
 
 
 def test_too_little_disk_is_seen_before_anything_is_written(bare, dery, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     outcome = dery(EMBED)
     assert outcome.code == 1
     assert "the disk has 1.00k" in outcome.json["error"]["message"]
