@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from dery_cli.core.scoring import top1
 from dery_cli.core.stitching.ridge import RIDGE_PENALTIES, few_threads
 
 
@@ -103,7 +104,7 @@ def fit_classifier(
             best = _best_penalty(score_PND, target_ND)
             score_ND = score_PND[best]
             chosen = Judgement(
-                accuracy=_accuracy(score_ND, label_N),
+                accuracy=float(top1(score_ND, label_N)),
                 penalty=RIDGE_PENALTIES[best],
                 temperature=best_temperature(score_ND, label_N),
             )
@@ -146,7 +147,7 @@ def judge(parts: Sequence[HeldOut], label_N: Tensor, num_classes: int) -> Judgem
             if inside_N.any():
                 others_N = ~inside_N if (~inside_N).any() else inside_N
                 chosen = _best_penalty(score_PND[:, others_N], wanted_ND[others_N])
-                hits += _accuracy(score_PND[chosen, inside_N], asked_label_N[inside_N]) * float(
+                hits += float(top1(score_PND[chosen, inside_N], asked_label_N[inside_N])) * float(
                     inside_N.sum()
                 )
         return Judgement(
@@ -171,15 +172,11 @@ def _parts(z_NC: Tensor, label_N: Tensor, folds: int) -> list[HeldOut]:
 
 def _best_penalty(score_PND: Tensor, target_ND: Tensor) -> int:
     """The number of the most accurate penalty; among equals, of the smallest squared error."""
-    hits_P = (score_PND.argmax(-1) == target_ND.argmax(-1)).double().mean(-1)
+    hits_P = top1(score_PND, target_ND.argmax(-1))
     loss_P = (score_PND - target_ND).square().mean((-1, -2))
     return min(
         range(len(RIDGE_PENALTIES)), key=lambda p: (-round(float(hits_P[p]), 9), float(loss_P[p]))
     )
-
-
-def _accuracy(score_ND: Tensor, label_N: Tensor) -> float:
-    return float((score_ND.argmax(-1) == label_N).double().mean())
 
 
 def standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
