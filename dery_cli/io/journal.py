@@ -91,7 +91,7 @@ class Transaction:
         sync(half)
         os.replace(half, pending_path(self.record_path))
         sync(self.folder)
-        _finish(self.record_path, written)
+        finish(self.record_path, written)
         return artifact
 
     def abort(self) -> None:
@@ -140,7 +140,7 @@ def settle(record_path: Path) -> None:
     if waiting is None:
         pending.unlink()
     else:
-        _finish(record_path, waiting)
+        finish(record_path, waiting)
 
 
 def _waiting(folder: Path, files: Mapping[str, str]) -> list[str] | None:
@@ -172,7 +172,7 @@ def tidy(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _finish(record_path: Path, waiting: Iterable[str]) -> None:
+def finish(record_path: Path, waiting: Iterable[str]) -> None:
     """Give the files of a committed artifact their names, the record last."""
     for name in waiting:
         os.replace(pending_path(record_path.parent / name), record_path.parent / name)

@@ -130,11 +130,11 @@ def choose_arithmetic(precision: str, device: torch.device, model: nn.Module) ->
     return Arithmetic(
         device=device,
         precision=chosen,
-        channels_last=_channels_last_gains(chosen, device, model),
+        channels_last=channels_last_gains(chosen, device, model),
     )
 
 
-def _channels_last_gains(precision: str, device: torch.device, model: nn.Module) -> bool:
+def channels_last_gains(precision: str, device: torch.device, model: nn.Module) -> bool:
     """Whether convolutions are faster channels-last, by measurements of the kind of device.
 
     On CUDA that holds for half precision (tensor cores take NHWC). On CPUs with AVX2 or AVX-512 it

@@ -150,7 +150,8 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def _learning_rate(config: TrainConfig, progress: float) -> float:
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    """Linear up over the warm-up, then down to 0 along a cosine; of the run's progress, 0 to 1."""
     if progress < config.warmup:
         return config.lr * max(progress, 1e-3) / config.warmup
     done = (progress - config.warmup) / (1.0 - config.warmup)
@@ -215,7 +216,7 @@ def train(
         model.train()
         total_loss = seen_correct = 0.0
         for step, (inputs, labels) in enumerate(train_batches(train_data, donor, epoch, seed)):
-            rate = _learning_rate(config, (epoch + step / steps) / config.epochs)
+            rate = learning_rate(config, (epoch + step / steps) / config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if config.channels_last:

@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_the_old_embedding(ws, dery):
 
 
 def test_too_little_disk_is_seen_before_anything_is_written(bare, dery, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     outcome = dery(EMBED)
     assert outcome.code == 1
     assert "the disk has 1.00k" in outcome.json["error"]["message"]
@@ -484,7 +484,7 @@ def test_a_model_that_looks_at_strides_is_computed_contiguous(bare, made, dery, 
             yield feature
 
     monkeypatch.setattr(Dissection, "features", flat)
-    monkeypatch.setattr(devices, "_channels_last_gains", lambda *_: True)
+    monkeypatch.setattr(devices, "channels_last_gains", lambda *_: True)
     assert dery(EMBED).code == 0
     assert record(bare, f"embeddings/{RESNEXT}")["data"]["layout"] == "contiguous"
 

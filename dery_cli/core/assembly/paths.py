@@ -265,18 +265,9 @@ def path_problem(
         for name, limit in limits.items()
     ]
     if peak is not None:
-        weight_E = cost_E(peak.option)
         peak_E = np.where(head_E >= 0, _of(peak.last_G, segment_E), _of(peak.peak_G, segment_E))
-        resources += [
-            Resource(
-                name=f"{peak.option} of segment {layer + 1}",
-                cost_B=zero_B,
-                cost_E=weight_E + np.where(layer_E == layer, peak_E, 0),
-                maximum=peak.maximum,
-                option=peak.option,
-            )
-            for layer in range(space.max_stitches + 1)
-        ]
+        needs = [np.where(layer_E == s, peak_E, 0) for s in range(space.max_stitches + 1)]
+        resources += _peaks(peak, cost_E(peak.option), needs, zero_B)
     score_E = total_E(space.segments.score, space.stitches.score, space.heads.score)
     if space.last_score_G is not None:
         score_E = score_E + np.where(head_E >= 0, _of(space.last_score_G, segment_E), 0)
@@ -300,6 +291,22 @@ def path_problem(
         max_donors=max_donors,
     )
     return PathProblem(problem, space, segment_E, head_E >= 0, layer_E)
+
+
+def _peaks(
+    peak: Peak, weight_E: IntArray, needs: Sequence[IntArray], zero_B: IntArray
+) -> list[Resource]:
+    """The sum with each segment's own need beside it: so it is with the largest where all fit."""
+    return [
+        Resource(
+            name=f"{peak.option} of segment {number}",
+            cost_B=zero_B,
+            cost_E=weight_E + need_E,
+            maximum=peak.maximum,
+            option=peak.option,
+        )
+        for number, need_E in enumerate(needs, 1)
+    ]
 
 
 def _of(value_X: IntArray, index_E: IntArray) -> IntArray:
@@ -332,54 +339,39 @@ def _laid_out(space: Space) -> tuple[list[IntArray], list[_Edges]]:
     ended = np.array([-1])
     head_V = np.full(len(index_V), -1, dtype=np.int64)
     head_V[space.heads.src] = np.arange(len(space.heads))
+    segments, stitches = space.segments, space.stitches
     groups: list[_Edges] = []
     for s in range(space.max_stitches + 1):
         begin, end = 2 * s, 2 * s + 1
-        segments, stitches = space.segments, space.stitches
         usable_G = np.flatnonzero((index_V[segments.src] == 0) == (s == 0))
-        final_G = usable_G[head_V[segments.dst[usable_G]] >= 0]
-        groups.append(
-            _Edges(
-                src=block(begin, segments.src[final_G]),
-                dst=block(end, np.full(len(final_G), -1)),
-                part=final_G,
-                head=head_V[segments.dst[final_G]],
-                stitched=False,
-                layer=s,
-            )
-        )
+        head_G = head_V[segments.dst[usable_G]]
+        final_G = usable_G[head_G >= 0]
+        src, dst = block(begin, segments.src[final_G]), block(end, np.full(len(final_G), -1))
+        groups.append(_edges(src, dst, final_G, s, head=head_G[head_G >= 0]))
         if s > 0:
-            groups.append(_waiting(block(begin, ended), block(end, ended), s))
+            groups.append(_edges(block(begin, ended), block(end, ended), ended, s))
         if s == space.max_stitches:
             break
-        groups.append(
-            _Edges(
-                src=block(begin, segments.src[usable_G]),
-                dst=block(end, segments.dst[usable_G]),
-                part=usable_G,
-                head=np.full(len(usable_G), -1),
-                stitched=False,
-                layer=s,
-            )
-        )
-        groups.append(
-            _Edges(
-                src=block(end, stitches.src),
-                dst=block(end + 1, stitches.dst),
-                part=np.arange(len(stitches)),
-                head=np.full(len(stitches), -1),
-                stitched=True,
-                layer=s,
-            )
-        )
-        groups.append(_waiting(block(end, ended), block(end + 1, ended), s))
+        src, dst = block(begin, segments.src[usable_G]), block(end, segments.dst[usable_G])
+        groups.append(_edges(src, dst, usable_G, s))
+        src, dst = block(end, stitches.src), block(end + 1, stitches.dst)
+        groups.append(_edges(src, dst, np.arange(len(stitches)), s, stitched=True))
+        groups.append(_edges(block(end, ended), block(end + 1, ended), ended, s))
     return layers, groups
 
 
-def _waiting(src: IntArray, dst: IntArray, layer: int) -> _Edges:
-    """From the end in one layer to the end in the next."""
-    none = np.array([-1])
-    return _Edges(src=src, dst=dst, part=none, head=none, stitched=False, layer=layer)
+def _edges(
+    src: IntArray,
+    dst: IntArray,
+    part: IntArray,
+    layer: int,
+    *,
+    head: IntArray | None = None,
+    stitched: bool = False,
+) -> _Edges:
+    """Edges of one layer; without a head unless one is given. A part of -1 only waits."""
+    head = np.full(len(part), -1) if head is None else head
+    return _Edges(src=src, dst=dst, part=part, head=head, stitched=stitched, layer=layer)
 
 
 def _wishes(

@@ -61,10 +61,10 @@ __all__ = [
 _DIRECT_EDGES = 4000
 _REDUCE_TO_BEST = 32
 # python-mip takes a second for each ten thousand edges, and CBC more: beyond this nothing is stated
-_MOST_EDGES = 60_000
+MOST_EDGES = 60_000
 # branches of CBC times edges: a count and no clock, so that a rerun stops at the same place; some
 # ten seconds, half a minute at the most
-_BRANCH_WORK = 3_000_000
+BRANCH_WORK = 3_000_000
 # a budget becomes at most this many units: fine, and still resolved by CBC's tolerance
 _UNITS = 2**20
 # in millionths of score: CBC's own tolerance on the objective
@@ -183,7 +183,7 @@ def _settled(
     stages = set(problem.stage_B[use_B].tolist())
     if len(stages) < problem.num_stages or any(r.is_maximum and r.limit < 0 for r in rows):
         return MipStatus.INFEASIBLE
-    return MipStatus.TOO_LARGE if use_E.sum() > _MOST_EDGES else None
+    return MipStatus.TOO_LARGE if use_E.sum() > MOST_EDGES else None
 
 
 def _solve_stated(
@@ -222,7 +222,7 @@ def _solve_stated(
         _add_donor_limit(problem, model, x_B)
     found = model.optimize(
         max_seconds=float("inf") if max_seconds is None else max_seconds,
-        max_nodes=max(1, _BRANCH_WORK // max(1, len(y_E))),
+        max_nodes=max(1, BRANCH_WORK // max(1, len(y_E))),
     )
     status = {
         mip.OptimizationStatus.OPTIMAL: MipStatus.OPTIMAL,

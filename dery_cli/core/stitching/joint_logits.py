@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from dery_cli.core.scoring import top1
 from dery_cli.core.stitching.probe import best_temperature, stratified_folds
 from dery_cli.core.stitching.ridge import few_threads
 from dery_cli.core.stitching.smoother import HeldOutMap, Smoother, Spans, in_folds
@@ -78,8 +79,7 @@ def _probe(x_NC: Tensor, label_N: Tensor, num_classes: int) -> NodeProbe:
     logits_ND = torch.empty(target_ND.shape)
     logits_ND[order_N] = (temperature * smoother.fit(target_ND, penalty)).float()
     loss = torch.nn.functional.cross_entropy(temperature * score_ND, label_N)
-    hits_N = score_ND.argmax(1) == label_N
-    return NodeProbe(logits_ND, float(hits_N.double().mean()), float(loss))
+    return NodeProbe(logits_ND, float(top1(score_ND, label_N)), float(loss))
 
 
 def chance(num_classes: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from dery_cli.core.scoring import top1
 from dery_cli.core.stitching.ridge import RIDGE_PENALTIES, few_threads
 
 
@@ -106,7 +107,7 @@ def fit_classifier(
             best = _best_penalty(score_PND, target_ND)
             score_ND = score_PND[best]
             chosen = Judgement(
-                accuracy=_accuracy(score_ND, label_N),
+                accuracy=float(top1(score_ND, label_N)),
                 penalty=RIDGE_PENALTIES[best],
                 temperature=best_temperature(score_ND, label_N),
                 cross_entropy=math.nan,
@@ -153,7 +154,7 @@ def judge(parts: Sequence[HeldOut], label_N: Tensor, num_classes: int) -> Judgem
                 factor = best_temperature(score_PND[chosen, others_N], asked_label_N[others_N])
                 logits_ND[inside_N] = factor * score_PND[chosen, inside_N]
         return Judgement(
-            accuracy=_accuracy(logits_ND, asked_label_N),
+            accuracy=float(top1(logits_ND, asked_label_N)),
             penalty=RIDGE_PENALTIES[best],
             temperature=best_temperature(score_PND[best], asked_label_N),
             cross_entropy=float(torch.nn.functional.cross_entropy(logits_ND, asked_label_N)),
@@ -175,15 +176,11 @@ def _parts(z_NC: Tensor, label_N: Tensor, folds: int) -> list[HeldOut]:
 
 def _best_penalty(score_PND: Tensor, target_ND: Tensor) -> int:
     """The number of the most accurate penalty; among equals, of the smallest squared error."""
-    hits_P = (score_PND.argmax(-1) == target_ND.argmax(-1)).double().mean(-1)
+    hits_P = top1(score_PND, target_ND.argmax(-1))
     loss_P = (score_PND - target_ND).square().mean((-1, -2))
     return min(
         range(len(RIDGE_PENALTIES)), key=lambda p: (-round(float(hits_P[p]), 9), float(loss_P[p]))
     )
-
-
-def _accuracy(score_ND: Tensor, label_N: Tensor) -> float:
-    return float((score_ND.argmax(-1) == label_N).double().mean())
 
 
 def standardised(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

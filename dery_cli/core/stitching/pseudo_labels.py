@@ -33,13 +33,13 @@ def pseudo_labels(x_NC: Tensor, k: int, seed: int) -> Tensor:
     if not 1 <= k <= len(distinct):
         raise ValueError(f"{len(distinct)} distinct images do not make {k} clusters")
     generator = torch.Generator().manual_seed(seed)
-    runs = [_lloyd(x_NC, _plus_plus(x_NC, k, generator)) for _ in range(RESTARTS)]
+    runs = [_lloyd(x_NC, plus_plus(x_NC, k, generator)) for _ in range(RESTARTS)]
     _, label_N = min(runs, key=lambda run: run[0])
     number: dict[int, int] = {}
     return torch.tensor([number.setdefault(label, len(number)) for label in label_N.tolist()])
 
 
-def _plus_plus(x_NC: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def plus_plus(x_NC: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Centres far from one another (Arthur and Vassilvitskii, 2007)."""
     chosen = [int(torch.randint(len(x_NC), (1,), generator=generator))]
     away_N = (x_NC - x_NC[chosen[0]]).square().sum(1)

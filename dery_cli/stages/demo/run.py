@@ -19,6 +19,11 @@ WHOLE = "best whole donor"
 BUILT_ANEW = {"the same with an adapter": "adapter", "best slice": "slice"}
 """Controls that are assemblies of their own, and their names: same labels, updates and options."""
 
+EFFORT = 4.0
+TRIALS = 0.4
+"""Less than by default, of searching and of trying rates, so that it takes minutes; the same for
+all that is compared."""
+
 RunLine = Callable[[Sequence[str]], Any]
 """Runs ``dery WORDS`` and gives its result."""
 
@@ -72,7 +77,7 @@ def run_demo(terminal: Terminal, folder: Path, config: DemoConfig, run_line: Run
     run("embed --data demo:")
     run("sim")
     run("partition")
-    assembled = run(f"assemble --max-params {config.max_params}")
+    assembled = run(f"assemble --max-params {config.max_params} --effort {EFFORT:g}")
     rows = [run.tune("assembly", "--name assembly")]
     compared = {row["role"]: row for row in assembled["comparison"]}
     if whole := compared.get(WHOLE):
@@ -127,7 +132,7 @@ class _Runner:
     def tune(self, role: str, options: str) -> Tuned:
         """Fine-tune."""
         started = time.monotonic()
-        result = self(f"finetune --steps {self._config.steps} {options}")
+        result = self(f"finetune --steps {self._config.steps} --effort {TRIALS:g} {options}")
         return Tuned(
             role=role,
             network=result["start"],

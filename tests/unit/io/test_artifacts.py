@@ -81,7 +81,7 @@ def test_who_takes_the_lock_finishes_or_removes_what_a_killed_process_left(tmp_p
     for path in places:
         write(path, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(journal, "_finish", lambda *_: (_ for _ in ()).throw(SystemError))
+            patch.setattr(journal, "finish", lambda *_: (_ for _ in ()).throw(SystemError))
             patch.setattr(journal.Transaction, "abort", lambda self: None)
             with pytest.raises(SystemError):
                 write(path, 2)

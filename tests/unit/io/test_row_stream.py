@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import _TYPES as _DTYPES
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from dery_cli.errors import DeryError
 from dery_cli.io.row_stream import (
@@ -148,10 +148,20 @@ def test_damaged_file(tmp_path):
         TensorFile(tmp_path / "absent", shown=tmp_path / "shown")
 
 
+def saved_dtypes() -> list[torch.dtype]:
+    """Every type of torch's that safetensors writes and reads."""
+    found = []
+    for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+        with contextlib.suppress(KeyError, RuntimeError, NotImplementedError):
+            load(save({"x": torch.ones(3, 2).to(dtype)}))
+            found.append(dtype)
+    return found
+
+
 def test_whole_tensors_are_the_bytes_of_save_file(tmp_path):
     """Of every type that safetensors has, without a shape and empty too."""
     tensors = {
-        **{str(dtype): torch.ones(3, 2).to(dtype) for dtype in _DTYPES.values()},
+        **{str(dtype): torch.ones(3, 2).to(dtype) for dtype in saved_dtypes()},
         "number": torch.tensor(3.5),
         "empty": torch.zeros(0, 4),
         "turned": torch.arange(6.0).view(2, 3).T,

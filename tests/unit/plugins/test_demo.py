@@ -291,7 +291,7 @@ def test_rotation_turns_each_image_its_own_way():
 
 def test_learning_rate_warms_up_and_ends_at_zero():
     config = pretrain.TrainConfig(lr=2.0, warmup=0.2)
-    rates = [pretrain._learning_rate(config, p) for p in (0.1, 0.2, 0.6, 1.0)]
+    rates = [pretrain.learning_rate(config, p) for p in (0.1, 0.2, 0.6, 1.0)]
     assert rates == pytest.approx([1.0, 2.0, 1.0, 0.0])
 
 

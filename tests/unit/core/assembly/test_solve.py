@@ -407,7 +407,7 @@ class TestTimeLimit:
             return optimize(model, max_seconds=max_seconds, max_nodes=max_nodes, **rest)
 
         monkeypatch.setattr(mip.Model, "optimize", counted)
-        monkeypatch.setattr("dery_cli.core.assembly.solve._BRANCH_WORK", 1)
+        monkeypatch.setattr("dery_cli.core.assembly.solve.BRANCH_WORK", 1)
         problem = random_problem(28, num_models=24, num_stages=4).without_limits()
         problem = problem.with_limits(params=(None, 5_000_000), flops=(None, 9 * 10**9))
         answers = [solve(problem) for _ in range(2)]
@@ -469,7 +469,7 @@ class TestCrossCheck:
         assert reason in agreement.reason
 
     def test_program_that_was_not_stated(self, monkeypatch):
-        monkeypatch.setattr("dery_cli.core.assembly.solve._MOST_EDGES", 3)
+        monkeypatch.setattr("dery_cli.core.assembly.solve.MOST_EDGES", 3)
         problem = make_problem(**TINY)
         answer = solve(problem)
         assert answer.status is MipStatus.TOO_LARGE

@@ -56,5 +56,5 @@ def test_a_cluster_that_loses_all_its_images_gets_the_one_farthest_from_its_own(
     """Lloyd's steps lose one now and then; here the third centre begins where no image is."""
     x_NC = torch.tensor([[0.0], [0.2], [0.4], [9.0], [9.1], [12.0]])
     begin_KC = torch.tensor([[0.0], [9.0], [99.0]]).double() - x_NC.double().mean(0)
-    monkeypatch.setattr(module, "_plus_plus", lambda *_: begin_KC)
+    monkeypatch.setattr(module, "plus_plus", lambda *_: begin_KC)
     assert pseudo_labels(x_NC, 3, seed=0).tolist() == [0, 0, 0, 1, 1, 2]
