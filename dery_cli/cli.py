@@ -18,6 +18,7 @@ from dery_cli.commands.embed import embed
 from dery_cli.commands.evaluate import evaluate
 from dery_cli.commands.finetune import finetune
 from dery_cli.commands.partition import partition
+from dery_cli.commands.push import push
 from dery_cli.commands.sim import sim
 from dery_cli.commands.zoo import zoo_app
 from dery_cli.errors import DeryError, ExitCode
@@ -50,6 +51,7 @@ app.command("partition")(partition)
 app.command("assemble")(assemble)
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)
+app.command("push")(push)
 app.command("demo")(demo)
 
 
