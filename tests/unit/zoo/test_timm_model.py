@@ -8,6 +8,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 import dery_cli.timm
 from dery_cli import load_assembly
@@ -45,7 +46,7 @@ def test_it_computes_what_the_assembly_computes(folders):
         with torch.no_grad():
             assert torch.equal(model(IMAGES), network(IMAGES))
     config = timm.data.resolve_model_data_config(model)
-    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 0.95)
+    assert (tuple(config["input_size"]), config["crop_pct"]) == ((3, 32, 32), 0.95)
     assert list(config["mean"]) == description(name)["input"]["mean"]
 
 
@@ -67,8 +68,9 @@ def test_default_cfg(place):
     assert f"{cfg['classifier']}.weight" in state
     assert f"{cfg['first_conv']}.weight" in state
     outputs = model.forward_features(IMAGES)
-    grid = math.prod(cfg["pool_size"])
-    assert math.prod(outputs.shape[axis] for axis in axes) - grid in range(3)
+    tokens = model.output_node.num_prefix_tokens
+    wanted = math.prod(cfg["pool_size"]) + tokens
+    assert math.prod(outputs.shape[axis] for axis in axes) == wanted
     assert outputs.shape[channel] == model.num_features
     logits = model.forward_head(outputs)
     assert torch.equal(logits, model(IMAGES))
@@ -161,7 +163,7 @@ def test_layer_groups_go_from_the_image_to_the_head(place):
     assert len(groups) == len(model.blocks) + 1
     names = dict(model.named_parameters())
     assert model.no_weight_decay() <= names.keys()
-    timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5)
+    create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5)
 
 
 def test_embeddings_are_not_decayed(folders):
