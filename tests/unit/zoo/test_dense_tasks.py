@@ -46,7 +46,7 @@ def rendered():
 
 def trained(model: nn.Module, loss, steps: int) -> tuple[float, float]:
     """Loss before and after; every parameter gets a gradient."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     seen = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -73,7 +73,7 @@ def test_a_detector_learns(folders, name):
         image_mean=[0.0] * 3, image_std=[1.0] * 3,
     )  # fmt: skip
     images_NCHW, targets, _ = rendered()
-    first, last = trained(detector, lambda: sum(detector(list(images_NCHW), targets).values()), 6)
+    first, last = trained(detector, lambda: sum(detector(list(images_NCHW), targets).values()), 12)
     assert last < 0.9 * first
 
 
