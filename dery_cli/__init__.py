@@ -4,12 +4,15 @@ The core is a library::
 
     from dery_cli import dissect, similarity, partition, load_assembly
 
-Names are loaded when they are first used, so that ``import dery_cli`` stays light.
+Names are loaded when they are first used, so that ``import dery_cli`` stays light. Where timm was
+imported before, its ``create_model`` knows assemblies afterwards; ``import dery_cli.timm`` always
+sees to that.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,3 +66,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dery_cli' has no attribute '{name}'")
+
+
+if "timm" in sys.modules:  # else `import dery_cli.timm`: importing timm takes seconds
+    importlib.import_module("dery_cli.timm")

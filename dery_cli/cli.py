@@ -21,6 +21,7 @@ from dery_cli.commands.export import export
 from dery_cli.commands.finetune import finetune
 from dery_cli.commands.partition import partition
 from dery_cli.commands.predict import predict
+from dery_cli.commands.push import push
 from dery_cli.commands.report import report
 from dery_cli.commands.sim import sim
 from dery_cli.commands.status import status
@@ -60,6 +61,7 @@ app.command("status")(status)
 app.command("doctor")(doctor)
 app.command("export")(export)
 app.command("report")(report)
+app.command("push")(push)
 app.command("demo")(demo)
 
 

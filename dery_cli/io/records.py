@@ -94,6 +94,7 @@ class Artifact:
         seed: What its random choices were drawn from; None where nothing is drawn.
         data: The stage's answer.
         files: Hash of each file that belongs to the record, by name.
+        libraries: Versions of what wrote it, which no hash covers; empty for those installed.
     """
 
     kind: Kind
@@ -102,6 +103,7 @@ class Artifact:
     seed: int | None = None
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    libraries: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def _hashed(self) -> dict[str, Any]:
         return {
@@ -136,7 +138,7 @@ class Artifact:
         """
         record = self._hashed()
         try:
-            record["libraries"] = library_versions()
+            record["libraries"] = dict(self.libraries) or library_versions()
             record["sha256"] = self.sha256
             record["checksum"] = json_sha256(record)
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -223,6 +225,7 @@ def parse_record(raw: bytes, kind: Kind, path: Path, hint: str) -> Artifact:
         seed=record["seed"],
         data=record["data"],
         files=record["files"],
+        libraries=record["libraries"],
     )
 
 

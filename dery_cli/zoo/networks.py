@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.numerics import seeded
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
@@ -23,7 +25,7 @@ from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.errors import DeryError, StaleError, UsageError
 from dery_cli.io.artifacts import is_there, open_artifact
 from dery_cli.io.look import Opened
-from dery_cli.io.records import Artifact, Kind
+from dery_cli.io.records import Artifact, Kind, library_versions
 from dery_cli.types import BlockRef, Donor, InputSpec, Node, StitchKind
 from dery_cli.zoo.registry import Zoo, build_model, dissect_donor, parse_spec, resolve
 from dery_cli.zoo.schemas import ASSEMBLY, RUN
@@ -31,6 +33,8 @@ from dery_cli.zoo.transforms import EvalTransform
 
 ASSEMBLE_HINT = "dery assemble --max-params SIZE --max-flops SIZE"
 MODEL_FILE = "model.safetensors"
+HUB = "hf:"
+"""Begins the place of a network on the Hugging Face hub."""
 
 
 def describe_network(
@@ -107,7 +111,9 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
     stitches: list[Stitch | None] = []
     with seeded(seed):
         for block, joint in zip(description["blocks"], description["joints"], strict=True):
-            blocks.append(_fresh_block(block))
+            dissection = fresh_donor(block)[1]
+            # a copy of its own: two blocks of one donor may share parameters
+            blocks.append(copy.deepcopy(dissection.block(block["start"], block["stop"])))
             stitches.append(
                 None
                 if joint is None
@@ -125,7 +131,12 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
     return network.eval()
 
 
-def _fresh_block(block: Mapping[str, Any]) -> nn.Module:
+def fresh_donor(block: Mapping[str, Any]) -> tuple[nn.Module, Dissection]:
+    """The donor of a described block, with random weights, and its dissection.
+
+    Raises:
+        DeryError: Its plugin is missing, or builds another architecture than it did.
+    """
     try:
         spec = parse_spec(block["spec"])
         plugin, card = resolve(spec)
@@ -141,8 +152,7 @@ def _fresh_block(block: Mapping[str, Any]) -> nn.Module:
     dissection = dissect_donor(model, card, spec, plugin)
     if block["stop"] > dissection.anatomy.num_units:
         raise DeryError(f"{spec} has no node {block['stop']} any more", "see dery zoo check")
-    # a copy of its own: two blocks of one donor may share parameters
-    return copy.deepcopy(dissection.block(block["start"], block["stop"]))
+    return model, dissection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,28 +200,43 @@ def made_by(record_path: Path, kind: Kind) -> str:
 
 
 def load_assembly(path: str | Path) -> LoadedAssembly:
-    """Load an assembly, or a fine-tuned run, from its folder.
+    """Load an assembly, or a fine-tuned run, from its folder or from the Hugging Face hub.
+
+    Neither the workspace nor the donors' weights are needed, only the plugins the donors came from.
 
     Args:
-        path: ``.dery/assemblies/NAME`` or ``.dery/runs/NAME``.
+        path: ``.dery/assemblies/NAME``, ``.dery/runs/NAME``, a folder that ``write_timm_folder``
+            wrote, or ``hf:OWNER/REPO[@REVISION]``.
 
     Returns:
         The network with the very parameters and buffers that were saved, and its preprocessing.
 
     Raises:
         StaleError: There is nothing there, or in an older format.
-        DeryError: A file is missing, damaged or altered, or a donor's plugin is not installed.
+        DeryError: A file is missing, damaged or altered, a donor's plugin is not installed, or its
+            architecture is no longer what it was; the versions that differ are named then.
+        UsageError: ``hf:`` is followed by no name of a repository.
 
     Example:
         >>> network, transform = load_assembly(".dery/assemblies/default")
         >>> logits = network(transform(image)[None])
     """
+    if isinstance(path, str) and path.startswith(HUB):
+        from dery_cli.zoo.hub import fetch
+
+        return read_network(*find_record(fetch(path.removeprefix(HUB))), hint=f"push {path} anew")
     return read_network(*find_record(Path(path)))
 
 
-def read_network(record_path: Path, kind: Kind) -> LoadedAssembly:
-    """The network of an assembly's or a run's record; otherwise as ``load_assembly``."""
-    hint = made_by(record_path, kind)
+def read_network(record_path: Path, kind: Kind, *, hint: str | None = None) -> LoadedAssembly:
+    """The network of an assembly's or a run's record; otherwise as ``load_assembly``.
+
+    Args:
+        record_path: Of the record.
+        kind: Its kind.
+        hint: How to make it anew; by default the command.
+    """
+    hint = hint or made_by(record_path, kind)
     opened = open_artifact(
         record_path,
         kind,
@@ -226,10 +251,28 @@ def read_network(record_path: Path, kind: Kind) -> LoadedAssembly:
     except (RuntimeError, ValueError, MemoryError) as error:  # torch's words take many lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeryError(
-            f"{record_path.parent / MODEL_FILE} does not fit the network: {reason}",
+            f"{record_path.parent / MODEL_FILE} does not fit the network: {reason}"
+            f"{_names_differ(error)}{_written_by(opened.record)}",
             f"rerun: {hint}",
         ) from error
     return loaded(network, opened.record)
+
+
+def _names_differ(error: Exception) -> str:
+    """The first parameter that is missing or too many, where torch names it."""
+    found = re.search(r"(Missing|Unexpected) key\(s\) in state_dict: \"([^\"]+)\"", str(error))
+    return "" if found is None else f" ({found[1].lower()}: {found[2]})"
+
+
+def _written_by(record: Artifact) -> str:
+    """Which versions wrote a record, where others are installed."""
+    here = library_versions()
+    differ = {n: v for n, v in sorted(record.libraries.items()) if here.get(n) != v}
+    if not differ:
+        return ""
+    wrote = ", ".join(f"{name} {version}" for name, version in differ.items())
+    have = ", ".join(f"{name} {here.get(name, 'not installed')}" for name in differ)
+    return f"; it was written with {wrote}, installed are {have}"
 
 
 def _check_head(opened: Opened) -> None:

@@ -48,6 +48,41 @@ def _strip_prefix(state: dict[str, Tensor], wanted: set[str]) -> tuple[str, dict
     return best, {n: v for n, v in state.items() if not n.startswith(best)} | stripped
 
 
+_BACKBONES = ("backbone.body.", "backbone.", "body.")
+"""Where torchvision's detectors and segmenters keep a classifier's layers."""
+_DENSE = re.compile(
+    r"backbone\.fpn\.|rpn\.|roi_heads\.|head\.(classification|regression)_head\.|"
+    r"(aux_)?classifier\."
+)
+"""Begins the names of what such models have beside their backbone."""
+
+
+def _from_dense_task(state: dict[str, Tensor], wanted: set[str]) -> tuple[str, dict[str, Tensor]]:
+    """The backbone alone of a detector's or segmenter's tensors, under the names of ``wanted``.
+
+    Torchvision keeps a whole network's layers, or those of its ``features`` without that word;
+    pyramids and heads are dropped, lest they be taken for the classifier's layers.
+
+    Returns:
+        The prefix that was found and the tensors; an empty one and ``state`` where there is none.
+    """
+    folders = {""} | {f"{name.partition('.')[0]}." for name in wanted}
+    found = {
+        (prefix, folder): {
+            folder + name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix) and folder + name.removeprefix(prefix) in wanted
+        }
+        for prefix in _BACKBONES
+        for folder in sorted(folders)
+    }
+    best = max(found, key=lambda key: len(found[key]))
+    marked = any(map(_DENSE.match, state))
+    if not marked or len(found[best]) <= len(wanted & state.keys()):
+        return "", state
+    return best[0], found[best]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Difference:
     """How a state dict differs from a model's own, classifiers left aside in ``elsewhere``.
@@ -135,8 +170,16 @@ def load_weights(
         DeryError: A tensor holds no data, or NaN or infinity.
     """
     own = model.state_dict()
+    whole = state
+    dense, state = _from_dense_task(state, set(own))
     prefix, state = _strip_prefix(state, set(own))
     notes = []
+    if dense:
+        left = sorted(name for name in whole if not name.startswith(dense))
+        notes.append(
+            f"{source} has a backbone inside: its tensors, whose names begin with '{dense}', are "
+            f"loaded, {len(left)} others (pyramid, heads) are not: {some_of(left)}"
+        )
     if not TRIVIAL.issuperset(filter(None, prefix.split("."))):
         notes.append(f"the tensors of {source} whose names begin with '{prefix}' are loaded")
     heads = {name.rpartition(".")[0] for name in classifier}

@@ -74,7 +74,8 @@ class TimmZoo:
     def list_models(self) -> Sequence[str]:
         import timm
 
-        return sorted({*timm.list_models(), *timm.list_models(pretrained=True)})
+        names = {*timm.list_models(), *timm.list_models(pretrained=True)}
+        return sorted(names - {"dery_assembly"})  # which dery itself may have registered
 
     def card(self, model: str) -> ModelCard:
         cfg = _config(model)

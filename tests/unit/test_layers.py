@@ -25,7 +25,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-FACES = {"", "plugin", "testing"}
+FACES = {"", "plugin", "testing", "timm"}
 """Public names for other people's code; ``dery_cli`` itself imports nothing from them."""
 PLUGIN_FACES = {"errors", "types", "plugin", "testing"}
 """All that a plugin may know of dery."""

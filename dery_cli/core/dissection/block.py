@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dery_cli.core.dissection.steps import Runner, Step, with_drops
+from dery_cli.types import Node
 
 
 class Block(nn.Module):
@@ -52,6 +53,58 @@ class Block(nn.Module):
         if self._leave_order is not None:
             result = result[:, self._leave_order.to(x.device)]
         return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A part of a block, run with the block's own modules: from one place in it to the next.
+
+    The stretches of a block in a row give what the block gives, and what is alive between them. A
+    stretch holds no module, so that the block's parameters keep their names and their one owner.
+
+    Args:
+        node: What comes out.
+        steps: To be run.
+        source: Value that goes in.
+        finish: How the result is made.
+        copy_input: Whether a step would change its input in place.
+        reorder: Orders of tokens on entering and on leaving.
+    """
+
+    node: Node
+    steps: Sequence[Step]
+    source: int
+    finish: Finish
+    copy_input: bool = False
+    reorder: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+
+    def __call__(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        enter, leave = self.reorder
+        if enter is not None:
+            x = x[:, enter.to(x.device)]
+        elif self.copy_input:
+            x = x.clone()
+        env: dict[int, Any] = {self.source: x}
+        Runner(self.steps, Lookup(block)).run(env, x.shape[0], x.device, block.training)
+        result: torch.Tensor = self.finish(env)
+        return result if leave is None else result[:, leave.to(x.device)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stretch:
+        return self  # never changed
+
+    def uses(self, name: str) -> bool:
+        """Whether it needs the parameter or buffer of this name."""
+        owner, _, leaf = name.rpartition(".")
+        for step in self.steps:
+            if step.start < 0:
+                if step.path == owner and step.keys[0] == leaf:
+                    return True
+                below = f"{step.path}.{step.keys[0]}" if step.path else str(step.keys[0])
+                if name.startswith(f"{below}."):
+                    return True
+            elif step.target is None and name.startswith(f"{step.path}."):
+                return True
+        return False
 
 
 def units_of(block: nn.Module) -> Mapping[str, int]:

@@ -12,6 +12,7 @@ Legend: N images, C channels, H x W grid, L tokens, n units (nodes 0..n).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dery_cli.core.dissection.block import Block, Finish, Lookup
+from dery_cli.core.dissection.block import Block, Finish, Lookup, Stretch
 from dery_cli.core.dissection.classifier import classifier_ops, downstream, head_input
 from dery_cli.core.dissection.layout import Geometry, Positions, geometry
 from dery_cli.core.dissection.meta import meta_copy
@@ -76,7 +77,11 @@ class Dissection:
 
     def on_meta(self) -> Dissection:
         """The same without weights, on the ``meta`` device: for what follows from shapes alone."""
-        return Dissection(meta_copy(self._model).eval().requires_grad_(False), self._plan)
+        return self.on(meta_copy(self._model).eval().requires_grad_(False))
+
+    def on(self, model: nn.Module) -> Dissection:
+        """The same cuts in another model of the very same architecture."""
+        return Dissection(model, self._plan)
 
     def block(self, start: int, stop: int) -> nn.Module:
         """The block between nodes ``start`` and ``stop``.
@@ -107,6 +112,29 @@ class Dissection:
             units={name: max(unit, start + 1) for name, unit in plan.units.items()},
             reorder=(_into(plan.orders[start]), _out_of(plan.orders[stop])),
         )
+
+    def stretches(self, start: int, stop: int) -> list[Stretch]:
+        """What lies between node ``start`` and each later one up to ``stop``, in a row.
+
+        Before the pre-logits vector there is one more place, if the model has it: the last feature
+        map, behind the last block and norm and in front of the pooling. Its node has the index of
+        the vector's.
+
+        Args:
+            start: Node whose tensor goes in.
+            stop: Node whose tensor comes out of the last stretch.
+
+        Raises:
+            ValueError: Not 0 <= start < stop <= n.
+        """
+        n = self.anatomy.num_units
+        if not 0 <= start < stop <= n:
+            raise ValueError(f"no stretch between nodes {start} and {stop} of {n + 1}")
+        places = self._plan.places[start : stop + 1]
+        last = self._plan.last_map
+        if stop == n and last is not None:
+            places.insert(-1, last)
+        return [self._plan.stretch(a, b) for a, b in itertools.pairwise(places)]
 
     def features(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensors of nodes 0 to n for the batch ``x``, in one pass of the model.
@@ -176,6 +204,23 @@ def dissect(
     return Dissection(model, plan)
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A node with what is needed to go on from it, or to end at it.
+
+    Args:
+        node: What the tensor is.
+        finish: Which values it is made of.
+        order: Order of its tokens in the donor, None for raster order.
+        changed: Whether a later step changes it in place.
+    """
+
+    node: Node
+    finish: Finish
+    order: tuple[int, ...] | None
+    changed: bool
+
+
 class _Plan:
     """Everything found out about a model, before any block is made."""
 
@@ -209,6 +254,7 @@ class _Plan:
         self._twins(chosen, vectors)
         self._finish(chosen, vectors, geometries)
         self._costs(chosen)
+        self._places(chosen, cuts, geometries)
         self._steps_by_unit()
 
     def _choose(self, cuts: list[Cut], nodes: Sequence[str] | None, whole: bool) -> list[Cut]:
@@ -283,6 +329,47 @@ class _Plan:
             (width,),
         ]
         self.names = ["input", *(_name(trace, cut) for cut in chosen), "pre_logits"]
+
+    def _places(self, chosen: list[Cut], cuts: list[Cut], known: dict[int, Geometry]) -> None:
+        """The nodes as places that stretches lead between, and the last map beside them."""
+        self.places = [
+            Place(node, finish, order, changed)
+            for node, finish, order, changed in zip(
+                self.anatomy.nodes, self.finish, self.orders, self.changed, strict=True
+            )
+        ]
+        self.last_map: Place | None = None
+        made = {value for step in self.steps for value in step.makes()}
+        before = self.anatomy.nodes[-2]
+        for cut in cuts:
+            fits = cut.value in made and known[cut.value].grid == before.grid
+            if chosen and cut.time > chosen[-1].time and fits and before.layout is not Layout.NC:
+                self.last_map = self._last_map(cut, known[cut.value])
+
+    def _last_map(self, cut: Cut, known: Geometry) -> Place:
+        value = self.trace.values[cut.value]
+        node = Node(
+            index=len(self.finish) - 1,
+            name=_name(self.trace, cut),
+            layout=known.layout,
+            shape=self._shapes[cut.value][1:],
+            grid=known.grid,
+            num_prefix_tokens=known.num_prefix_tokens,
+        )
+        changed = value.tensor._version != value.version
+        return Place(node, Finish((cut.value,)), known.order, changed)
+
+    def stretch(self, start: Place, stop: Place) -> Stretch:
+        """What leads from one place to a later one."""
+        source, values = start.finish.values[0], stop.finish.values
+        return Stretch(
+            node=stop.node,
+            steps=tuple(with_drops(cut_out(self.trace, self.steps, source, values), values)),
+            source=source,
+            finish=stop.finish,
+            copy_input=start.changed,
+            reorder=(_into(start.order), _out_of(stop.order)),
+        )
 
     def _steps_by_unit(self) -> None:
         """Steps of the whole model up to the pre-logits, unit by unit, each run once."""

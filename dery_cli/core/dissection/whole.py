@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dery_cli.core.dissection.block import Finish
+from dery_cli.core.dissection.block import Finish, Stretch
 from dery_cli.core.dissection.classifier import classifier_ops
 from dery_cli.core.dissection.dissect import DissectError, Dissection
 from dery_cli.core.dissection.trace import Trace, record
@@ -69,6 +69,17 @@ def _heads(trace: Trace) -> list[str]:
     return list(dict.fromkeys(owner.path for owner in owners)) if plain else []
 
 
+class _WholeStretch(Stretch):
+    """The whole block."""
+
+    def __call__(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = block(x)
+        return result
+
+    def uses(self, _name: str) -> bool:
+        return True
+
+
 class WholeDissection(Dissection):
     """See ``Dissection``; of two nodes."""
 
@@ -107,6 +118,11 @@ class WholeDissection(Dissection):
             ),
             method="whole",
         )
+
+    def stretches(self, start: int, stop: int) -> list[Stretch]:
+        self.block(start, stop)  # checks them
+        node = self.anatomy.nodes[-1]
+        return [_WholeStretch(node=node, steps=(), source=0, finish=Finish(()))]
 
     def block(self, start: int, stop: int) -> nn.Module:
         if (start, stop) != (0, 1):

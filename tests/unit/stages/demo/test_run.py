@@ -57,12 +57,12 @@ def test_the_commands_in_their_order():
         "embed --data demo: --workspace ws --quiet",
         "sim --workspace ws --quiet",
         "partition --workspace ws --quiet",
-        "assemble --max-params 300k --workspace ws --quiet",
-        "finetune --steps 5 --name assembly --workspace ws --quiet",
-        "finetune --steps 5 --donor b --data demo: --workspace ws --quiet",
+        "assemble --max-params 300k --effort 4 --workspace ws --quiet",
+        "finetune --steps 5 --effort 0.4 --name assembly --workspace ws --quiet",
+        "finetune --steps 5 --effort 0.4 --donor b --data demo: --workspace ws --quiet",
         "assemble --max-params 300k --blocks b[0:1] ~ b[1:2] --name adapter --workspace ws --quiet",
-        "finetune --steps 5 --assembly adapter --workspace ws --quiet",
-        "finetune --steps 5 --scratch --name scratch --workspace ws --quiet",
+        "finetune --steps 5 --effort 0.4 --assembly adapter --workspace ws --quiet",
+        "finetune --steps 5 --effort 0.4 --scratch --name scratch --workspace ws --quiet",
     ]
     assert found.commands[2] == "dery sim --workspace ws"  # as they may be typed again
     assert found.budget == "at most 300.00k params"
