@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,15 @@ from dery_cli.core.numerics import seeded
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
 from dery_cli.core.stitching.stitch import Stitch
-from dery_cli.errors import DeryError, StaleError, UsageError
-from dery_cli.io.artifacts import is_there, open_artifact
+from dery_cli.errors import DeryError, UsageError
+from dery_cli.io.artifacts import open_artifact
 from dery_cli.io.look import Opened
 from dery_cli.io.records import Artifact, Kind, library_versions
 from dery_cli.types import BlockRef, Donor, InputSpec, Node, StitchKind
+from dery_cli.zoo.found import find_record, made_by
 from dery_cli.zoo.registry import Zoo, build_model, dissect_donor, parse_spec, resolve
-from dery_cli.zoo.schemas import ASSEMBLY, RUN
 from dery_cli.zoo.transforms import EvalTransform
 
-ASSEMBLE_HINT = "dery assemble --max-params SIZE --max-flops SIZE"
 MODEL_FILE = "model.safetensors"
 HUB = "hf:"
 """Begins the place of a network on the Hugging Face hub."""
@@ -173,30 +171,6 @@ class LoadedAssembly:
 
     def __iter__(self) -> Any:
         return iter((self.network, self.transform))
-
-
-def find_record(path: Path) -> tuple[Path, Kind]:
-    """The record below a folder of an assembly or a run, and its kind.
-
-    Raises:
-        StaleError: There is none.
-    """
-    for name, kind in (("run.json", RUN), ("assembly.json", ASSEMBLY)):
-        if is_there(path / name):
-            return path / name, kind
-        if path.name == name and is_there(path):
-            return path, kind
-    begun = any(path.glob("last-*"))  # a run's checkpoints
-    hint = f"dery finetune --name {path.name} --resume" if begun else ASSEMBLE_HINT
-    raise StaleError(f"no assembly or finished run in {path}", hint)
-
-
-def made_by(record_path: Path, kind: Kind) -> str:
-    """The command that makes the network of a record anew, as far as it can be told."""
-    name = shlex.quote(record_path.parent.name)
-    if kind.name == RUN.name:
-        return f"dery finetune --name {name}"
-    return ASSEMBLE_HINT if name == "default" else f"{ASSEMBLE_HINT} --name {name}"
 
 
 def load_assembly(path: str | Path) -> LoadedAssembly:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 
 from tests.conftest import run_dery
 from tests.e2e.conftest import edit_json
@@ -96,3 +98,16 @@ def test_doctor_finds_damage_and_mends_what_is_safe(copied, tmp_path):
     assert broken.code == 1
     words = json.dumps(broken.json["error"]["details"]["findings"])
     assert "model.safetensors was altered" in words
+
+
+def test_status_loads_nothing_heavy(pipeline):
+    script = (
+        "import sys\n"
+        "from dery_cli.cli import run\n"
+        f"code = run(['status', '--quiet', '--workspace', {str(pipeline.root)!r}])\n"
+        "print(code, sorted({'torch', 'timm', 'mip'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[-2] == "0 []"

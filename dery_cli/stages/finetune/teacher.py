@@ -26,7 +26,8 @@ from dery_cli.stages.finetune.start import (
 )
 from dery_cli.training.distill import Teacher
 from dery_cli.types import Donor
-from dery_cli.zoo.networks import find_record, load_assembly, made_by
+from dery_cli.zoo.found import find_record, made_by
+from dery_cli.zoo.networks import load_assembly
 from dery_cli.zoo.registry import Zoo, require_zoo
 from dery_cli.zoo.whole import WholeDonor
 

@@ -14,7 +14,7 @@ from dery_cli.stages.embed.store import EMBED_HINT, Embeddings, read_embeddings
 from dery_cli.stages.finetune.store import RUN
 from dery_cli.stages.partition.store import require_partition
 from dery_cli.stages.sim.store import require_similarity
-from dery_cli.zoo.networks import made_by
+from dery_cli.zoo.found import made_by
 from dery_cli.zoo.registry import Zoo, require_zoo
 
 DONE, STALE, MISSING, DAMAGED = "done", "stale", "missing", "damaged"
