@@ -104,7 +104,7 @@ def write_timm_folder(
     try:
         shutil.rmtree(pending, ignore_errors=True)
         pending.mkdir(parents=True)
-        _write_files(assembly, pending, name=name, repo=repo or folder.name)
+        write_files(assembly, pending, name=name, repo=repo or folder.name)
         aside = folder.with_name(folder.name + _REPLACED)
         if folder.exists():
             os.replace(folder, aside)
@@ -120,7 +120,8 @@ def write_timm_folder(
     return sorted(folder.iterdir())
 
 
-def _write_files(assembly: LoadedAssembly, folder: Path, *, name: str, repo: str) -> None:
+def write_files(assembly: LoadedAssembly, folder: Path, *, name: str, repo: str) -> None:
+    """Write what ``write_timm_folder`` does into an empty folder that is there."""
     record = public_record(assembly.record)
     weights = folder / MODEL_FILE
     state = assembly.network.state_dict()

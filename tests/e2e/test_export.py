@@ -131,6 +131,24 @@ def test_safetensors_are_read_by_load_assembly_to_the_bit(pipeline, tmp_path):
     now = load_assembly(tmp_path / "elsewhere").network.state_dict()
     assert was.keys() == now.keys()
     assert all(torch.equal(now[name], tensor) for name, tensor in was.items())
+    record = (tmp_path / "elsewhere" / "run.json").read_text()
+    assert str(pipeline.data) not in record  # no place of this machine goes along
+
+
+def test_timm_builds_what_was_exported(pipeline, tmp_path):
+    import timm
+
+    import dery_cli.timm
+
+    assert dery_cli.timm.dery_assembly
+    out = tmp_path / "out"
+    words = ["export", "--to", str(out), "--format", "safetensors", "--images", "2"]
+    assert run_dery(*words, "--workspace", str(pipeline.root)).code == 0
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    network, _ = load_assembly(out)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(x), network(x))
 
 
 def test_an_existing_folder_is_refused_without_force(pipeline, tmp_path):

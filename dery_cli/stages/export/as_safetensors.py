@@ -1,31 +1,32 @@
-"""``--format safetensors``: the weights, and the record that ``dery_cli.load_assembly`` reads.
+"""``--format safetensors``: a folder that timm, ``dery_cli.load_assembly`` and the hub read.
 
 A state dict holds no graph: to run it needs dery and the donors' plugins, but neither the workspace
-nor the donors' weights.
+nor the donors' weights. After ``import dery_cli.timm``, ``timm.create_model("local-dir:FOLDER")``
+builds it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from dery_cli.io.journal import transaction
+from dery_cli.io.files import not_written
 from dery_cli.stages.export.compare import Runnable
 from dery_cli.zoo.networks import MODEL_FILE, LoadedAssembly, load_assembly
+from dery_cli.zoo.timm_folder import write_files
 
 FILE = MODEL_FILE
 
 
-def write(assembly: LoadedAssembly, folder: Path) -> None:
-    """Write the weights, and a record that names them alone.
+def write(assembly: LoadedAssembly, folder: Path, *, name: str) -> None:
+    """Write the weights, timm's configuration, a card, and a record that names the weights alone.
 
     Raises:
         DeryError: The disk is full.
     """
-    record = assembly.record
-    with transaction(folder / f"{record.kind.name}.json") as work:
-        work.write_tensors(FILE, assembly.network.state_dict())
-        work.commit(dataclasses.replace(record, files={}))
+    try:
+        write_files(assembly, folder, name=name, repo=name)
+    except OSError as error:
+        raise not_written(folder, error) from error
 
 
 def load(folder: Path) -> Runnable:

@@ -180,7 +180,7 @@ class _Exporter:
         folded: int | None = None
         self.terminal.note(f"converting to {config.format}")
         if config.format == "safetensors":
-            as_safetensors.write(self.assembly, self.work)
+            as_safetensors.write(self.assembly, self.work, name=config.to.name)
             agreement = self._compared(as_safetensors.load(self.work))
         else:
             program, folded = self._captured()
