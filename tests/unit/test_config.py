@@ -169,6 +169,7 @@ def test_options_hold_everything_that_changes_the_answer():
         "dtype",
         "crop",
         "skip_bad",
+        "precision",
     }
     assert set(PartitionConfig().options()) == {
         "blocks",

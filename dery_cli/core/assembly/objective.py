@@ -28,6 +28,11 @@ NOISES = (0.3, 0.5, 0.7, 1.0)
 """Standard deviations of an outcome about the sum, likewise: no sum explains all of it."""
 
 
+LEAST_SCALE, FLOOR = 1e-3, 0.05
+"""A term that hardly varies among what may be built teaches nothing; one that varies little must
+not get a weight that paths elsewhere in the space would be ranked by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """Weights of the terms, as far as built networks tell.
@@ -63,15 +68,16 @@ def learn(
         terms_BF: Of the built networks.
         outcome_B: What each came to; finite.
         prior_F: Weights of the formula to start from.
-        scale_F: Deviation of each term among networks that might be built; a term of none is left
-            as the formula has it.
+        scale_F: Deviation of each term among networks that might be built; a term of next to none
+            is left as the formula has it.
 
     Returns:
         The posterior; it is the formula itself where nothing was built.
     """
     count = len(outcome_B)
-    used_F = scale_F > 0
-    z_BF = np.where(used_F, terms_BF / np.where(used_F, scale_F, 1.0), 0.0)
+    used_F = scale_F > LEAST_SCALE
+    divisor_F = np.where(used_F, scale_F.clip(min=FLOOR), 1.0)
+    z_BF = np.where(used_F, terms_BF / divisor_F, 0.0)
     rest_B = outcome_B - terms_BF @ prior_F
     offset = float(rest_B.mean()) if count else 0.0
     mean_zF = z_BF.mean(0) if count else np.zeros(len(prior_F))
@@ -84,7 +90,7 @@ def learn(
     # in units of the outcomes' deviation until here
     moved_F = vectors_FF @ ((vectors_FF.T @ (centred_BF.T @ centred_B)) / values_F) / noise**2
     root_FF = unit * vectors_FF / np.sqrt(values_F)
-    back_F = np.where(used_F, 1 / np.where(used_F, scale_F, 1.0), 0.0)
+    back_F = np.where(used_F, 1 / divisor_F, 0.0)
     return Objective(
         mean_F=prior_F + back_F * moved_F,
         root_FF=back_F[:, None] * root_FF,

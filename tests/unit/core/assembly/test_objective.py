@@ -70,3 +70,13 @@ def test_draws_spread_where_nothing_was_learnt():
     generator = np.random.default_rng(0)
     spread_F = np.std([found.draw(generator) for _ in range(300)], axis=0) * SCALE_F
     assert spread_F[2] > 2 * spread_F[0]
+
+
+def test_a_term_that_hardly_varies_gets_no_large_weight():
+    scale_F = np.array([0.1, 1e-7, 0.01, 0.0])
+    generator = np.random.default_rng(0)
+    terms_BF = generator.normal(size=(12, 4)) * scale_F
+    outcome_B = 0.5 + 0.1 * generator.normal(size=12)
+    found = learn(terms_BF, outcome_B, PRIOR_F, scale_F)
+    assert found.mean_F[1] == PRIOR_F[1]
+    assert abs(found.mean_F[2]) < 1
