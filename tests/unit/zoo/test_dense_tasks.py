@@ -74,7 +74,7 @@ def test_a_detector_learns(folders, name):
         image_mean=[0.0] * 3, image_std=[1.0] * 3,
     )  # fmt: skip
     images_NCHW, targets, _ = rendered()
-    first, last = trained(detector, lambda: sum(detector(list(images_NCHW), targets).values()), 12)
+    first, last = trained(detector, lambda: sum(detector(list(images_NCHW), targets).values()), 30)
     assert last < 0.9 * first
 
 
