@@ -134,8 +134,8 @@ def test_the_assembly_fits_and_beats_nothing_silently(pipeline):
     listing = json.loads((pipeline.root / "assemblies" / "default" / "candidates.json").read_text())
     assert listing["candidates"][0]["network"] == result["name"]
     assert listing["candidates"][0]["held_out"] == result["held_out"]
-    found = [entry["held_out"] for entry in listing["candidates"] if entry["held_out"] is not None]
-    assert found == sorted(found, reverse=True)
+    found = [c["held_out_loss"] for c in listing["candidates"] if c["held_out_loss"] is not None]
+    assert found == sorted(found)
     assert len(found) > 1
     assert any(entry["whole"] for entry in listing["candidates"])
     assert any(not entry["whole"] for entry in listing["candidates"])

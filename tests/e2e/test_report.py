@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
+import json
 import re
 import shutil
+import subprocess
 
 import pytest
+from PIL import Image
 
 from tests.conftest import run_dery
 
@@ -60,9 +64,20 @@ def test_the_page_is_whole_and_the_same_each_time(copied, tmp_path):
         "http://www.w3.org/1999/xlink",
     }
     assert len(text.encode()) == told["bytes"] < 5_000_000
-    for heading in ("The zoo", "The pick", "Equivalence sets", "Beside its controls"):
+    for heading in (
+        "The zoo",
+        "The pick",
+        "Equivalence sets",
+        "Beside its controls",
+        "Accuracy and cost",
+        "Fine-tuning",
+        "Confusion on the test images",
+    ):
         assert heading in page.headings
-    assert any("params" in title for title in page.titles)  # what hovering says
+    # what hovering says: donors, pairs of them, pieces and updates
+    for words in ("multiply-adds", "on average", "stitch", "update", "anchor"):
+        assert any(words in title for title in page.titles), words
+    assert "dery finetune --steps 8" in re.sub(r"<[^>]+>", "", text)
     identifiers = re.findall(r' id="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
     for name in told["figures"]:
@@ -90,14 +105,44 @@ def test_what_is_missing_is_left_out_and_said(copied, tmp_path):
     assert "training" not in found["figures"]
     assert any(words.startswith("partition") for words in found["left_out"])
     assert any(words.startswith("run") for words in found["left_out"])
+    assert not any(words.startswith(("assembly", "zoo")) for words in found["left_out"])
     text = (tmp_path / "report.html").read_text()
     assert "Left out" in text
+
+
+def test_curves_of_a_run_without_reports_are_left_out_and_said(copied, tmp_path):
+    (tmp_path / "ws" / "runs" / "default" / "metrics.jsonl").unlink()
+    found = copied("report", "--no-images", "--json").json["result"]
+    assert "training" not in found["figures"]
+    assert [words for words in found["left_out"] if words.startswith("training curves")]
+
+
+def test_why_nothing_fits_is_told_until_something_does(copied, tmp_path):
+    refused = copied("assemble", "--max-params", "1k", "--json")
+    assert refused.code == 3
+    for name in ("before", "after"):
+        to = str(tmp_path / f"{name}.html")
+        assert copied("report", "--no-images", "--to", to).code == 0
+        assert copied("assemble", "--max-params", "700k", "--effort", "6").code == 0
+    text = (tmp_path / "before.html").read_text()
+    assert "The last try fitted nothing" in Page(text).headings
+    assert html.escape(refused.json["error"]["message"]) in text.replace("&#39;", "&#x27;")
+    assert "--max-params" in text
+    assert "The last try" not in (tmp_path / "after.html").read_text()
+
+
+def test_a_damaged_note_of_why_is_no_note(copied, tmp_path):
+    note = tmp_path / "ws" / "assemblies" / "default.infeasible.log.json"
+    for text in ("[]", "{", json.dumps({"message": 3, "hint": None, "details": None})):
+        note.write_text(text)
+        assert copied("report", "--no-images", "--force").code == 0
+        assert "The last try" not in (tmp_path / "report.html").read_text()
 
 
 def test_names_from_elsewhere_are_shown_and_not_run(copied, pipeline, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pipeline.data, data)
-    hostile = "<script>alert(1)</script>\x1b[31m"
+    hostile = '<script>alert(1)</script>\x1b[31m $\\frac$ id="x" 猫'
     for part in ("train", "test"):
         (data / part / "0").rename(data / part / hostile.replace("/", "_"))
     made = copied("assemble", "--data", str(data), "--max-params", "700k", "--effort", "2")
@@ -114,3 +159,38 @@ def test_without_a_zoo_there_is_nothing_to_report(tmp_path):
     found = run_dery("report", "--json", cwd=tmp_path)
     assert found.code == 4
     assert list(tmp_path.iterdir()) == []
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)])
+def test_a_browser_shows_it_without_complaint(copied, tmp_path, width, scheme, dark):
+    assert copied("report").code == 0
+    shot = tmp_path / "shot.png"
+    shown = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            f"--window-size={width},900",
+            f"--screenshot={shot}",
+            (tmp_path / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert "CONSOLE" not in shown.stderr
+    with Image.open(shot) as image:
+        grey = image.convert("L")
+        assert (grey.getpixel((2, 2)) < 60) == dark
+        assert len(grey.getcolors()) > 30  # a page, not a blank

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dery_cli.errors import DeryError
+from dery_cli.errors import DeryError, InfeasibleError
 from dery_cli.io.artifacts import Workspace, read_log, unchanged, write_log, write_record
 from dery_cli.io.files import replace_text
 from dery_cli.io.journal import transaction
@@ -43,6 +43,7 @@ from dery_cli.stages.assemble.store import (
     CANDIDATES_FORMAT,
     LOG,
     SCORES,
+    keep_refusal,
 )
 from dery_cli.stages.assemble.terms import PathTerms
 from dery_cli.stages.partition.store import StoredPartition
@@ -77,12 +78,17 @@ def assemble_network(terminal: Terminal, space: Workspace, config: AssembleConfi
     """
     path = space.assembly(config.name)
     with space.lock(terminal.note):
-        job = prepare(terminal, space, config)
-        found = unchanged(path, job.record)
-        if found is not None:
-            terminal.say(f"the assembly '{config.name}' is up to date")
-        else:
-            found = _build_assembly(job)
+        try:
+            job = prepare(terminal, space, config)
+            found = unchanged(path, job.record)
+            if found is not None:
+                terminal.say(f"the assembly '{config.name}' is up to date")
+            else:
+                found = _build_assembly(job)
+        except InfeasibleError as why:
+            keep_refusal(space, config.name, why)
+            raise
+        keep_refusal(space, config.name, None)
     _check_proven(config, found.data["program"])
     log = read_log(path.parent / LOG_FILE, LOG)
     return Assembled(record=found, folder=path.parent, latency=log.get("latency"))

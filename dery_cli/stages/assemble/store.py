@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+from dery_cli.errors import InfeasibleError
+from dery_cli.io.artifacts import Workspace, read_log, write_log
 from dery_cli.io.records import Kind
 from dery_cli.io.schema import (
     any_text,
@@ -16,6 +20,7 @@ from dery_cli.io.schema import (
     number,
     one_of,
     optional,
+    plain,
     plain_name,
     row,
 )
@@ -136,3 +141,26 @@ LATENCY = Kind(
         }
     ),
 )
+REFUSAL = fields({"message": any_text, "hint": optional(any_text), "details": optional(plain)})
+"""Why the last try of a name fitted nothing: a log, which nothing depends on."""
+
+
+def _refusal_path(space: Workspace, name: str) -> Path:
+    assembly = space.assembly(name).parent
+    return assembly.with_name(f"{assembly.name}.infeasible.log.json")
+
+
+def keep_refusal(space: Workspace, name: str, why: InfeasibleError | None) -> None:
+    """Keep why nothing fitted, or forget it where something does (None)."""
+    path = _refusal_path(space, name)
+    with contextlib.suppress(OSError):
+        if why is None:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_log(path, {"message": why.message, "hint": why.hint, "details": why.details})
+
+
+def read_refusal(space: Workspace, name: str) -> dict[str, Any] | None:
+    """Why the last try of a name fitted nothing; None where it did, or there was none."""
+    return read_log(_refusal_path(space, name), REFUSAL) or None

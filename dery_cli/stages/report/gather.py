@@ -12,7 +12,8 @@ from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace, open_artifact, read_record
 from dery_cli.io.records import Artifact
 from dery_cli.io.schema import SchemaError
-from dery_cli.stages.assemble.store import ASSEMBLY, CANDIDATES
+from dery_cli.stages.assemble.store import ASSEMBLY, CANDIDATES, read_refusal
+from dery_cli.stages.embed.store import Embeddings, read_embeddings
 from dery_cli.stages.finetune.store import RUN
 from dery_cli.stages.partition.store import PARTITION, StoredPartition, stored_partition
 from dery_cli.stages.sim.store import StoredSimilarity, read_similarity
@@ -27,23 +28,29 @@ class Gathered:
     """All that is there to be shown.
 
     Args:
+        name: Of the assembly and the run.
         zoo: The donors.
+        embeddings: Of the donors.
         similarity: Of their nodes.
         partition: Of the donors.
         assembly: Record of the assembly.
         candidates: Every built network, as ``candidates.json`` lists it.
         run: Record of the run.
         metrics: Of the run, a line a report.
+        refusal: Why the last try of the assembly fitted nothing; None where it did.
         missing: What is left out, and why.
     """
 
+    name: str
     zoo: Zoo
+    embeddings: Embeddings | None
     similarity: StoredSimilarity | None
     partition: StoredPartition | None
     assembly: Artifact | None
     candidates: list[dict[str, Any]]
     run: Artifact | None
     metrics: list[dict[str, Any]]
+    refusal: dict[str, Any] | None
     missing: list[str]
 
 
@@ -54,6 +61,7 @@ def gather(space: Workspace, name: str) -> Gathered:
         StaleError: There is no zoo.
     """
     missing: list[str] = []
+    zoo = require_zoo(space)
 
     def found(what: str, read: Callable[[], _Found]) -> _Found | None:
         try:
@@ -75,16 +83,35 @@ def gather(space: Workspace, name: str) -> Gathered:
     candidates: list[dict[str, Any]] = []
     if assembly is not None:
         candidates = found("built networks", lambda: _candidates(path, name)) or []
+    metrics = [] if run is None else read_metrics(space.run(name))
+    if run is not None and not metrics:
+        missing.append("training curves: the run has no reports")
+    metric = _metric(space, partition)
     return Gathered(
-        zoo=require_zoo(space),
-        similarity=found("similarity", lambda: read_similarity(space, "cka")),
+        name=name,
+        zoo=zoo,
+        embeddings=found("embeddings", lambda: read_embeddings(space, zoo)),
+        similarity=found("similarity", lambda: read_similarity(space, metric)),
         partition=partition,
         assembly=assembly,
         candidates=candidates,
         run=run,
-        metrics=[] if run is None else read_metrics(space.run(name)),
+        metrics=metrics,
+        refusal=read_refusal(space, name),
         missing=missing,
     )
+
+
+def _metric(space: Workspace, partition: StoredPartition | None) -> str:
+    """The partition's similarity; without one ``cka``, else the first that is there."""
+    if partition is not None:
+        return str(partition.record.options["metric"])
+    there = sorted(
+        path.stem
+        for path in space.similarity("cka").parent.glob("*.json")
+        if not path.name.endswith(".log.json")
+    )
+    return "cka" if "cka" in there or not there else there[0]
 
 
 def _hints(command: str, name: str) -> Mapping[str, str]:

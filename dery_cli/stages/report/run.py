@@ -12,22 +12,36 @@ import jinja2
 import numpy as np
 import torch
 
-import dery_cli
 from dery_cli.core.scoring import network_outputs
 from dery_cli.data.batches import ImageBatches
+from dery_cli.data.classes import check_classes
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.data.splits import read_image
 from dery_cli.errors import DeryError, StaleError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.io.files import not_written, replace_text
-from dery_cli.io.records import Artifact, library_versions
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.printable import printable
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count, show_decimals
 from dery_cli.stages.report.config import ReportConfig
-from dery_cli.stages.report.figures import Drawn, draw_all, draw_confusion
+from dery_cli.stages.report.drawn import Drawn, quiet
+from dery_cli.stages.report.facts import (
+    commands,
+    comparison,
+    donors,
+    facts,
+    licence_warnings,
+    provenance,
+    refusal,
+)
+from dery_cli.stages.report.figures import draw_network, draw_sets, draw_similarity, draw_zoo
 from dery_cli.stages.report.gather import Gathered, gather
+from dery_cli.stages.report.outcomes import (
+    draw_confusion,
+    draw_costs,
+    draw_foreseen,
+    draw_training,
+)
 from dery_cli.zoo.networks import LoadedAssembly, load_assembly
 
 CONFUSED = 12
@@ -66,7 +80,8 @@ def report(terminal: Terminal, space: Workspace, config: ReportConfig) -> Report
     if found.assembly is None and found.run is None and config.name != "default":
         raise StaleError(f"there is no assembly or run '{config.name}'", "dery assemble")
     with terminal.progress("drawing", 2) as bar:
-        drawn = draw_all(found)
+        with quiet():
+            drawn = list(_draw_all(found))
         bar.advance()
         confused: list[dict[str, str]] = []
         if config.images:
@@ -75,8 +90,11 @@ def report(terminal: Terminal, space: Workspace, config: ReportConfig) -> Report
             except DeryError as error:
                 missing.append(f"confusion: {error.message}")
             else:
-                if shown is not None:
-                    drawn.append(shown[0])
+                if isinstance(shown, str):
+                    missing.append(f"confusion: {shown}")
+                else:
+                    place = next((n for n, one in enumerate(drawn) if one.name == "zoo"))
+                    drawn.insert(place, shown[0])
                     confused = shown[1]
         bar.advance()
     text = _page(found, drawn, confused, missing)
@@ -91,26 +109,48 @@ def report(terminal: Terminal, space: Workspace, config: ReportConfig) -> Report
     )
 
 
+def _draw_all(found: Gathered) -> Iterator[Drawn]:
+    """Every figure that there is something for, in the order of the page."""
+    record = found.assembly
+    if record is not None:
+        yield draw_network(found.zoo, record)
+        entries = found.candidates
+        built = (draw_costs(entries, record.data["comparison"]), draw_foreseen(entries))
+        yield from (one for one in built if one is not None)
+    if found.metrics:
+        yield draw_training(found.metrics)
+    yield draw_zoo(found.zoo)
+    if found.similarity is not None:
+        yield draw_similarity(found.similarity.result, found.similarity.index)
+    if found.partition is not None:
+        yield draw_sets(found.partition)
+
+
 def _page(
     found: Gathered, drawn: list[Drawn], confused: list[dict[str, str]], missing: list[str]
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     record = found.assembly
     title = "model zoo" if record is None else record.data["name"]
     subtitle = f"{len(found.zoo)} donors"
     if record is not None:
-        subtitle = f"assembled of {len(found.zoo)} donors for {record.data['target']}"
+        subtitle = (
+            f"assembled of {len(found.zoo)} donors for {record.data['target']}, "
+            f"within a budget of {record.data['budget']}"
+        )
     return environment.get_template("page.html").render(
         title=printable(title),
         subtitle=printable(subtitle),
-        facts=list(_facts(found)),
-        conflicts=[printable(words) for words in _conflicts(found)],
-        comparison=[] if record is None else list(_comparison(record)),
-        budget="" if record is None else record.data["budget"],
+        facts=list(facts(found)),
+        refusal=refusal(found),
+        conflicts=licence_warnings(found),
+        comparison=[] if record is None else list(comparison(record)),
         figures=[
             {
                 "name": one.name,
@@ -120,92 +160,33 @@ def _page(
             }
             for one in drawn
         ],
+        donors=list(donors(found.zoo)),
         confused=confused,
-        provenance=[(name, printable(value)) for name, value in _provenance(found)],
+        commands=[printable(line).split(" ") for line in commands(found)],
+        provenance=[(printable(name), printable(value)) for name, value in provenance(found)],
         missing=[printable(words) for words in missing],
     )
 
 
-def _facts(found: Gathered) -> Iterator[tuple[str, str]]:
-    if found.assembly is not None:
-        data = found.assembly.data
-        yield show_count(data["params"]), "parameters"
-        yield show_count(data["flops"]), "multiply-adds an image"
-        if data["test_top1"] is not None:
-            yield f"{data['test_top1']:.4f}", "test top-1 untrained"
-        learning = data["learning"]
-        if learning is not None and learning["tau"] is not None:
-            yield f"{learning['tau']:.2f}", "tau of foreseen and measured"
-    if found.run is not None and found.run.data["test_top1"] is not None:
-        yield f"{found.run.data['test_top1']:.4f}", "test top-1 fine-tuned"
-
-
-def _comparison(record: Artifact) -> Iterator[dict[str, str]]:
-    for row in record.data["comparison"]:
-        yield {
-            "role": row["role"],
-            "network": printable(row["network"]),
-            "params": show_count(row["params"]),
-            "flops": show_count(row["flops"]),
-            "trial": show_decimals(row["held_out"]) or "-",
-            "test": show_decimals(row["test_top1"]) or "-",
-        }
-
-
-NO_COMMERCE, SHARE_ALIKE = ("-nc", "noncommercial", "non-commercial"), ("gpl", "-sa")
-
-
-def _conflicts(found: Gathered) -> Iterator[str]:
-    """What the licences of the network's donors ask for, as far as their names tell."""
-    if found.assembly is None:
-        return
-    licences = found.assembly.data["licenses"]
-    for licence, donors in licences.items():
-        low = licence.lower()
-        if any(word in low for word in NO_COMMERCE):
-            yield f"{', '.join(donors)}: {licence} forbids commercial use"
-        if any(word in low for word in SHARE_ALIKE):
-            yield f"{', '.join(donors)}: {licence} asks for the same licence of what is made of it"
-        if low in ("", "unknown"):
-            yield f"{', '.join(donors)}: the licence is not known"
-    if len(licences) > 1:
-        yield f"parts under different licences meet: {', '.join(sorted(licences))}"
-
-
-def _provenance(found: Gathered) -> Iterator[tuple[str, str]]:
-    yield "dery", dery_cli.__version__
-    yield from library_versions().items()
-    for what, record in (("assembly", found.assembly), ("run", found.run)):
-        if record is not None:
-            yield f"{what} sha256", record.sha256
-            yield f"{what} seed", str(record.seed)
-            yield (
-                f"{what} options",
-                ", ".join(
-                    f"{name} {value}"
-                    for name, value in record.options.items()
-                    if value not in (None, [])
-                ),
-            )
-    if found.assembly is not None:
-        for licence, donors in found.assembly.data["licenses"].items():
-            yield f"licence {licence}", ", ".join(donors)
-        for block in found.assembly.data["network"]["blocks"]:
-            yield f"weights of {block['donor']}", block["weights_sha256"]
-
-
 def _confusion(
     terminal: Terminal, space: Workspace, found: Gathered, config: ReportConfig
-) -> tuple[Drawn, list[dict[str, str]]] | None:
-    """The confusion matrix of the run, or of the assembly, and images of its worst confusions."""
+) -> tuple[Drawn, list[dict[str, str]]] | str:
+    """The confusion matrix of the run, or of the assembly, and images of its worst confusions.
+
+    Returns:
+        Them, or why there is none.
+    """
     record = found.run or found.assembly
     if record is None:
-        return None
+        return "there is no network"
     folder = space.run(config.name) if found.run is not None else space.assembly(config.name).parent
     assembly = load_assembly(folder)
     data = open_checked(terminal, record.data["target"], skip_bad=record.data["target_skip_bad"])
-    if assembly.classes is None or data.test is None or data.test.labels is None:
-        return None
+    if assembly.classes is None:
+        return "the network has no head: it was made without labels"
+    if data.test is None or data.test.labels is None:
+        return f"{data.spec} has no labelled test images"
+    check_classes(data, assembly.classes)
     logits_NK = _outputs(assembly, data, pick_device(config.device))
     label_N = np.array([int(label) for label in data.test.labels])
     guess_N = logits_NK.argmax(1).numpy()
@@ -213,7 +194,9 @@ def _confusion(
     confusion_KK = np.zeros((count, count), dtype=np.int64)
     np.add.at(confusion_KK, (label_N, guess_N), 1)
     shots = _shots(data, assembly.classes, label_N, guess_N, confusion_KK)
-    return draw_confusion(confusion_KK.tolist(), assembly.classes), list(shots)
+    with quiet():
+        matrix = draw_confusion(confusion_KK.tolist(), assembly.classes)
+    return matrix, list(shots)
 
 
 def _outputs(assembly: LoadedAssembly, data: DataSet, device: torch.device) -> torch.Tensor:
