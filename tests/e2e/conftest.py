@@ -16,15 +16,15 @@ from filelock import FileLock
 from dery_cli.data.sets import open_data
 from tests.conftest import Outcome, run_dery
 
-DONORS = ("mobilenetv3", "resnext", "vit_cls", "convnext", "swin")
-TRAIN, TEST = 16, 12
+DONORS = ("mobilenetv3", "resnext", "vit_cls", "swin")
+TRAIN, TEST = 10, 6
 """Images of a class."""
 STAGES = {
     "embed": "embed --data DATA",
     "sim": "sim",
-    "partition": "partition -K 3 --eps 0.5",
-    "assemble": "assemble --max-params 700k --effort 6",
-    "finetune": "finetune --steps 8 --effort 0",
+    "partition": "partition -K 3 --eps 0.5 --restarts 20",
+    "assemble": "assemble --max-params 700k --effort 2",
+    "finetune": "finetune --steps 8 --effort 0 --batch-size 32",
     "eval": "eval",
 }
 
@@ -54,9 +54,9 @@ def run_stages(root: Path, data: Path) -> Pipeline:
     return Pipeline(root, data, results)
 
 
-def write_digits(folder: Path) -> Path:
-    """The first of the demo's digits of every class, as class folders."""
-    data = open_data("demo")
+def write_images(folder: Path, spec: str = "demo") -> Path:
+    """The first of the demo's images of every class, as class folders."""
+    data = open_data(spec)
     assert data.classes is not None
     assert data.test is not None
     for name, split, each in (("train", data.train, TRAIN), ("test", data.test, TEST)):
@@ -74,14 +74,14 @@ def write_digits(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """All stages on five donors, made once for all processes of a run; read only."""
+    """All stages on four donors, made once for all processes of a run; read only."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
     root, data, said = base / "ws", base / "digits", base / "said.json"
     with FileLock(base / "pipeline.lock"):
         if not said.exists():
-            made = run_stages(root, write_digits(data))
+            made = run_stages(root, write_images(data))
             said.write_text(json.dumps(made.results))
     return Pipeline(root, data, json.loads(said.read_text()))
 

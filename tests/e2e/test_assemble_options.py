@@ -5,26 +5,26 @@ from __future__ import annotations
 import csv
 import json
 
-import pytest
-
-from tests.e2e.conftest import snapshot
+from tests.e2e.conftest import DONORS, snapshot
 
 
-def _donors(result) -> set[str]:
-    return {block["donor"] for block in result["network"]["blocks"]}
+def _frontier(copied, *words):
+    outcome = copied("assemble", "--pareto", *words, "--json")
+    assert outcome.code == 0, outcome.stderr
+    return [point["network"] for point in outcome.json["result"]["frontier"]]
+
+
+def _named(networks):
+    return {name for name in DONORS if any(f"demo__{name}" in network for network in networks)}
 
 
 def test_include_and_exclude(copied):
-    outcome = copied("assemble", "--exclude", "demo__resnext", "--effort", "1", "--json")
-    assert outcome.code == 0, outcome.stderr
-    listing = outcome.json["result"]["comparison"]
-    assert all("demo__resnext" not in row["network"] for row in listing)
-    only = ["--include", "demo__mobilenetv3", "--include", "demo__convnext"]
-    outcome = copied("assemble", *only, "--effort", "1", "--json")
-    if outcome.code == 0:
-        assert _donors(outcome.json["result"]) <= {"demo__mobilenetv3", "demo__convnext"}
-    else:
-        assert outcome.code == 3
+    every = _named(_frontier(copied))
+    assert len(every) > 1
+    left_out = min(every)
+    assert _named(_frontier(copied, "--exclude", f"demo__{left_out}")) <= set(DONORS) - {left_out}
+    only = ("--include", f"demo__{left_out}")
+    assert _named(_frontier(copied, *only)) == {left_out}
 
 
 def test_a_filter_that_leaves_nothing_is_named(copied):
@@ -52,15 +52,30 @@ def test_max_donors(copied):
     if outcome.code == 3:
         assert "--max-donors 2" in outcome.json["error"]["message"]
         return
-    assert len(_donors(outcome.json["result"])) == 2
+    blocks = outcome.json["result"]["network"]["blocks"]
+    assert len({block["donor"] for block in blocks}) == 2
 
 
-def test_no_whole(copied):
-    outcome = copied("assemble", "--no-whole", "--effort", "1", "--json")
-    assert outcome.code == 0
+def test_another_assembly_of_parts_alone(copied, tmp_path):
+    """Other filters, another budget, another name: with the scores of the first, and beside it."""
+    kept, first = tmp_path / "ws" / "targets", tmp_path / "ws" / "assemblies" / "default"
+    before = snapshot(kept), snapshot(first)
+    words = ("--no-whole", "--exclude", "demo__resnext", "--max-params", "1M", "--name", "other")
+    outcome = copied("assemble", *words, "--effort", "1", "-v", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert "those of an earlier run" in outcome.stderr
+    assert (snapshot(kept), snapshot(first)) == before
     result = outcome.json["result"]
     assert not result["whole"]
+    assert all("demo__resnext" not in row["network"] for row in result["comparison"])
     assert "best whole donor" not in {row["role"] for row in result["comparison"]}
+    folder = tmp_path / "ws" / "assemblies" / "other"
+    record = json.loads((folder / "assembly.json").read_text())
+    assert record["data"]["network"]["blocks"]
+    card = (folder / "README.md").read_text().replace("\\", "")
+    for block in record["data"]["network"]["blocks"]:
+        assert block["donor"] in card
+        assert block["license"] in card
 
 
 def test_the_frontier(copied, tmp_path):
@@ -83,15 +98,6 @@ def test_the_frontier(copied, tmp_path):
     assert not (tmp_path / "ws" / "assemblies" / "front" / "assembly.json").exists()
 
 
-def test_another_budget_reuses_the_scores(copied, tmp_path):
-    kept = tmp_path / "ws" / "targets"
-    before = snapshot(kept)
-    outcome = copied("assemble", "--max-params", "1M", "--effort", "1", "-v")
-    assert outcome.code == 0
-    assert "those of an earlier run" in outcome.stderr
-    assert snapshot(kept) == before
-
-
 def test_the_best_score_within_a_budget_never_falls_with_it(copied):
     scores = []
     for budget in ("500k", "700k", "1M", "3M"):
@@ -100,14 +106,3 @@ def test_the_best_score_within_a_budget_never_falls_with_it(copied):
             scores.append(outcome.json["result"]["frontier"][0]["score"])
     assert scores == sorted(scores)
     assert len(scores) > 1
-
-
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_several_assemblies_are_kept(copied, tmp_path, name):
-    assert copied("assemble", "--effort", "1", "--name", name).code == 0
-    record = json.loads((tmp_path / "ws" / "assemblies" / name / "assembly.json").read_text())
-    assert record["data"]["network"]["blocks"]
-    card = (tmp_path / "ws" / "assemblies" / name / "README.md").read_text().replace("\\", "")
-    for block in record["data"]["network"]["blocks"]:
-        assert block["donor"] in card
-        assert block["license"] in card

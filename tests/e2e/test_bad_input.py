@@ -251,14 +251,14 @@ def test_a_new_donor_makes_later_stages_stale(copied):
 
 
 def test_another_embedding_makes_the_matrix_stale(copied):
-    assert copied("embed", "--data", "DATA", "--samples", "100").code == 0
+    assert copied("embed", "--data", "DATA", "--samples", "60").code == 0
     outcome = copied("assemble", "--space", "paper", "--json")
     assert outcome.code == 4
     assert "the similarity is of other embeddings" in outcome.json["error"]["message"]
 
 
 def test_embeddings_from_different_images_are_refused(copied, pipeline):
-    line = ["embed", "--data", "DATA", "--samples", "100", "--donor", "demo__swin"]
+    line = ["embed", "--data", "DATA", "--samples", "60", "--donor", "demo__swin"]
     assert copied(*line).code == 0
     outcome = copied("sim", "--json")
     assert outcome.code == 4

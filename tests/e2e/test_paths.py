@@ -75,7 +75,7 @@ def test_a_wrong_piece_is_named(copied, words, message, hint):
 
 
 def test_pins_hold_and_impossible_ones_are_named(copied):
-    pins = ("--start", "demo__convnext[0:2]", "--end", "demo__resnext", "--max-params", "1M")
+    pins = ("--start", "demo__swin[0:2]", "--end", "demo__resnext", "--max-params", "1M")
     outcome = copied("assemble", *pins, "--exclude", "demo__resnext[0:3]", *FIT, *FEW)
     assert outcome.code == 0, outcome.stderr
     found = blocks_of(outcome.json["result"])
@@ -83,16 +83,14 @@ def test_pins_hold_and_impossible_ones_are_named(copied):
     assert "random path" in controls
     listing = [row for row in outcome.json["result"]["comparison"] if row["role"] == "random path"]
     for blocks in (listing[0]["blocks"],):
-        assert (blocks[0][0], blocks[0][1]) == ("demo__convnext", 0)
+        assert (blocks[0][0], blocks[0][1]) == ("demo__swin", 0)
         assert blocks[0][2] >= 2
         assert blocks[-1][0] == "demo__resnext"
         assert all(start >= 3 for donor, start, _ in blocks if donor == "demo__resnext")
     assert found
-    outcome = copied(
-        "assemble", "--start", "demo__convnext", "--exclude", "demo__convnext[0:1]", *FEW
-    )
+    outcome = copied("assemble", "--start", "demo__swin", "--exclude", "demo__swin[0:1]", *FEW)
     assert outcome.code == 3
-    assert "--start 'demo__convnext'" in " ".join(outcome.json["error"]["details"]["sentences"])
+    assert "--start 'demo__swin'" in " ".join(outcome.json["error"]["details"]["sentences"])
     outcome = copied("assemble", "--blocks", "demo__swin", "--max-params", "10k", "--json")
     assert outcome.code == 3
     assert "is not within at most 10.00k params" in outcome.json["error"]["message"]
@@ -152,7 +150,7 @@ def test_a_killed_assemble_goes_on_with_its_builds_to_the_same_bytes(pipeline, t
 
 
 def test_a_zoo_of_one_donor_has_slices(copied):
-    for name in ("convnext", "resnext", "swin", "vit_cls"):
+    for name in ("resnext", "swin", "vit_cls"):
         assert copied("zoo", "remove", f"demo__{name}").code == 0
     outcome = copied("assemble", "--max-params", "150k", *FIT, *FEW)
     assert outcome.code == 0, outcome.stderr

@@ -12,7 +12,6 @@ often what the task needs. ``class_weight`` says how much more.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -285,7 +284,7 @@ def reestimate_batch_norm(block: nn.Module, batches: Callable[[], Iterable[Tenso
     layers = list(batch_norms(block))
     if not layers:
         return 0
-    before = [(layer.momentum, copy.deepcopy(layer.state_dict())) for layer in layers]
+    before = [(layer.momentum, _statistics(layer)) for layer in layers]
     block.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -302,8 +301,13 @@ def reestimate_batch_norm(block: nn.Module, batches: Callable[[], Iterable[Tenso
             layer.momentum = momentum
             layer.eval()
             if not passes:
-                layer.load_state_dict(state)
+                for name, value in state.items():
+                    layer.get_buffer(name).copy_(value)
     return len(layers)
+
+
+def _statistics(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
 
 
 def _at_least(count: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
