@@ -19,6 +19,7 @@ from dery_cli.commands.embed import embed
 from dery_cli.commands.evaluate import evaluate
 from dery_cli.commands.export import export
 from dery_cli.commands.finetune import finetune
+from dery_cli.commands.init import init
 from dery_cli.commands.partition import partition
 from dery_cli.commands.predict import predict
 from dery_cli.commands.push import push
@@ -65,6 +66,7 @@ app.command("report")(report)
 app.command("push")(push)
 app.command("demo")(demo)
 app.command("run")(run_recipe)
+app.command("init")(init)
 
 
 def _version(value: bool) -> None:

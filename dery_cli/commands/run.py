@@ -81,4 +81,4 @@ def run(
 def _show(terminal: Terminal, done: Sequence[Done], *, dry_run: bool) -> None:
     for one in done:
         took = one.words if dry_run else f"{one.seconds:.1f} s"
-        terminal.say(f"{one.state:10}  {one.section:12}  {took}".rstrip())
+        terminal.say(f"{one.state:10}  {one.makes}{': ' if took else ''}{took}".rstrip())

@@ -14,18 +14,22 @@ from dery_cli.data.samples import fingerprint
 from dery_cli.data.sets import open_data
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace, is_there
+from dery_cli.io.files import file_sha256
+from dery_cli.io.records import json_sha256
 from dery_cli.runtime.terminal import Terminal, current_terminal, use_terminal
 from dery_cli.sizes import show_count
 from dery_cli.stages.recipe.config import Recipe
-from dery_cli.stages.recipe.steps import Step
+from dery_cli.stages.recipe.steps import Step, inserted
 from dery_cli.stages.recipe.store import Memo, snapshot
 from dery_cli.zoo.found import target_of
 from dery_cli.zoo.manifest import load_manifest
 from dery_cli.zoo.registry import default_name, parse_spec, plugin_sha256, read_zoo
 
 DONE, UP_TO_DATE, WOULD_RUN = "done", "up to date", "would run"
-KEPT = ("eval", "export", "report")
-"""Commands that compute anew whenever they are called: their results are kept here."""
+COMPUTED = ("eval", "export", "report")
+"""Commands that compute anew whenever they are called."""
+KEPT = (*COMPUTED, "zoo add")
+"""Commands that take their time where nothing changed: their results are kept here."""
 
 RunLine = Callable[[Sequence[str]], Any]
 """Runs ``dery WORDS`` and gives its result."""
@@ -38,6 +42,7 @@ class Done:
     Args:
         section: Label of the table it comes from.
         line: Of that table.
+        makes: What it makes, in words.
         command: As it may be typed.
         state: ``done``, ``up to date`` or ``would run``.
         words: What it would take, in words.
@@ -47,6 +52,7 @@ class Done:
 
     section: str
     line: int
+    makes: str
     command: str
     state: str
     words: str = ""
@@ -95,8 +101,8 @@ class RecipeRun:
         if result is None:
             before = snapshot(self._space.root)
             force = step.force if self._memo.knows(step) else ()
-            result = self._call([*step.words, *force], self._terminal.quiet)
-            if kept or snapshot(self._space.root) != before:
+            result = self._call(inserted(step.words, force), self._terminal.quiet)
+            if step.command in COMPUTED or snapshot(self._space.root) != before:
                 state = DONE
             if seen is not None:
                 self._memo.keep(step, seen, result if kept else {})
@@ -110,19 +116,20 @@ class RecipeRun:
         flags = {"--json": terminal.json, "--quiet": quiet, "--verbose": terminal.verbose}
         place = ["--workspace", str(self._space.root)]
         given = [*place, *(flag for flag, wanted in flags.items() if wanted)]
-        at = words.index("--") if "--" in words else len(words)
         try:
-            return self._run_line([*words[:at], *given, *words[at:]])
+            return self._run_line(inserted(words, given))
         finally:
             terminal.warnings += current_terminal().warnings
             use_terminal(terminal)
 
     def _seen(self, step: Step) -> dict[str, str] | None:
-        """Hash of the test images that a step asks about; None where they cannot be read."""
+        """Hashes of what a step reads elsewhere; None where it cannot be read."""
+        values = step.section.values
         if step.command == "report":
             return {}
-        spec = step.section.values.get("data")
-        what = step.section.values.get("what")
+        if step.command == "zoo add":
+            return _listed(values)
+        spec, what = values.get("data"), values.get("what")
         try:
             if spec is None:
                 spec = target_of(self._space.root / str(what)) if what else None
@@ -147,8 +154,8 @@ class RecipeRun:
 
     def _told(self, step: Step, *, known: bool, fresh: bool) -> Done:
         if step.command == "zoo add":
-            words = self._donors(step.section.values)
-            return self._done(step, WOULD_RUN if words or not known else UP_TO_DATE, words=words)
+            words = "" if known else self._donors(step.section.values)
+            return self._done(step, UP_TO_DATE if known else WOULD_RUN, words=words)
         if not fresh:
             return self._done(step, WOULD_RUN, words="after what comes before it")
         if step.command == "embed":
@@ -162,7 +169,7 @@ class RecipeRun:
     def _asked(self, step: Step, *, known: bool) -> Done:
         """What the command's own dry run says."""
         try:
-            found = self._call(_with(step.words, "--dry-run"), True)
+            found = self._call(inserted(step.words, ["--dry-run"]), True)
         except DeryError as error:
             return self._done(step, WOULD_RUN, words=error.message)
         disk = f"about {show_count(found['bytes'])} bytes of disk"
@@ -213,12 +220,20 @@ class RecipeRun:
 
     def _done(self, step: Step, state: str, **more: Any) -> Done:
         line, label = step.section.place()
-        return Done(section=label, line=line, command=self._shown(step), state=state, **more)
+        shown = self._shown(step)
+        return Done(section=label, line=line, makes=step.key, command=shown, state=state, **more)
 
 
-def _with(words: Sequence[str], flag: str) -> list[str]:
-    at = words.index("--") if "--" in words else len(words)
-    return [*words[:at], flag, *words[at:]]
+def _listed(values: Mapping[str, Any]) -> dict[str, str] | None:
+    """Hashes of the checkpoints that a zoo's table names, and of what its manifest says."""
+    try:
+        entries = load_manifest(values["manifest"]) if "manifest" in values else []
+        files = [entry.weights for entry in entries if entry.weights is not None]
+        files += [Path(values["weights"])] if "weights" in values else []
+        found = {str(path): file_sha256(path) for path in files}
+    except OSError:
+        return None
+    return {**found, "manifest": json_sha256([repr(entry) for entry in entries])}
 
 
 def free_bytes(root: Path) -> int:

@@ -55,8 +55,9 @@ def steps_of(recipe: Recipe, options: Options) -> list[Step]:
     assemblies: list[str] = []
     runs: list[str] = []
     for section in recipe.sections:
-        words_of(recipe, section, options[section.command])  # as it was written, for its faults
-        for step in _steps(recipe, section, options[section.command], assemblies, runs):
+        chosen = options[section.command]
+        words_of(recipe, section, chosen)  # as it was written, for its faults
+        for step in _Table(recipe, section, chosen, assemblies, runs).steps():
             twin = next((other for other in steps if other.key == step.key), None)
             if twin is not None:
                 named = "to" if step.outputs else "name"
@@ -69,45 +70,66 @@ def steps_of(recipe: Recipe, options: Options) -> list[Step]:
     return steps
 
 
-def _steps(
-    recipe: Recipe,
-    section: Section,
-    options: Mapping[str, Option],
-    assemblies: list[str],
-    runs: list[str],
-) -> list[Step]:
-    """Those of one table; names of what it makes are added to ``assemblies`` and ``runs``."""
-    values = dict(section.values)
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """One table; the names of what it makes are added to ``assemblies`` and ``runs``."""
 
-    def told(key: str) -> str:
-        return str(values.get(key, options[key].default))
+    recipe: Recipe
+    section: Section
+    options: Mapping[str, Option]
+    assemblies: list[str]
+    runs: list[str]
 
-    def step(key: str, records: Sequence[str], *, several: str | None = None, **more: Any) -> Step:
-        return _step(recipe, section, options, {**values, **more}, key, records, several)
+    def steps(self) -> list[Step]:
+        name = self.section.name
+        if name == "zoo":
+            return [self._step(f"donors of {self.section.label}", ("zoo.json",))]
+        if name == "embed":
+            told = self.recipe.general.get("data")
+            data = {"data": told} if told is not None and "data" not in self._values else {}
+            return [self._step("embeddings", _EMBEDDED, **data)]
+        if name == "sim":
+            metric = self._told("metric")
+            return [self._step(f"similarity {metric}", (*_EMBEDDED, f"similarity/{metric}.json"))]
+        if name == "partition":
+            similarity = f"similarity/{self._told('metric')}.json"
+            return [self._step("partition", (*_EMBEDDED, similarity, "partition.json"))]
+        if name == "assemble":
+            return self._assemblies()
+        if name == "finetune":
+            return self._runs()
+        return self._reports() if name == "report" else self._networks()
 
-    if section.name == "zoo":
-        return [step(section.label, ("zoo.json",))]
-    if section.name == "embed":
-        data = {"data": recipe.general["data"]} if "data" in recipe.general else {}
-        return [step("embeddings", _EMBEDDED, **{**data, **values})]
-    if section.name == "sim":
-        metric = told("metric")
-        return [step(f"similarity {metric}", (*_EMBEDDED, f"similarity/{metric}.json"))]
-    if section.name == "partition":
-        read = (*_EMBEDDED, f"similarity/{told('metric')}.json")
-        return [step("partition", (*read, "partition.json"))]
-    if section.name == "assemble":
+    @property
+    def _values(self) -> Mapping[str, Any]:
+        return self.section.values
+
+    def _told(self, key: str) -> str:
+        return str(self._values.get(key, self.options[key].default))
+
+    def _step(
+        self, key: str, records: Sequence[str], *, several: str | None = None, **more: Any
+    ) -> Step:
+        values = {**self._values, **more}
+        return _step(self.recipe, self.section, self.options, values, key, records, several)
+
+    def _assemblies(self) -> list[Step]:
+        """One for each budget."""
         made = []
-        for key, limits in _budgets(recipe, section).items():
-            name = budget_name(told("name"), key)
+        for key, limits in _budgets(self.recipe, self.section).items():
+            name = budget_name(self._told("name"), key)
             chosen = {option.removeprefix("--"): text for option, text in limits.items()}
-            reads = (*_EMBEDDED, "partition.json", f"assemblies/{name}/assembly.json")
-            made.append(step(f"assembly '{name}'", reads, **chosen, name=name))
-            assemblies.append(name)
+            records = (*_EMBEDDED, "partition.json", f"assemblies/{name}/assembly.json")
+            made.append(self._step(f"assembly '{name}'", records, **chosen, name=name))
+            self.assemblies.append(name)
         return made
-    if section.name == "finetune":
+
+    def _runs(self) -> list[Step]:
+        """One for each assembly of the recipe, unless the table names one, or a donor."""
+        values = self._values
         given = "assembly" in values or "donor" in values
-        starts = [told("assembly")] if given else assemblies or [told("assembly")]
+        default = self._told("assembly")
+        starts = [default] if given else list(self.assemblies) or [default]
         made = []
         for start in starts:
             name = str(values.get("name", values.get("donor", start)))
@@ -115,33 +137,41 @@ def _steps(
             source = {} if "donor" in values else {"assembly": start}
             origin = "zoo.json" if "donor" in values else f"assemblies/{start}/assembly.json"
             records = (origin, f"runs/{name}/run.json")
-            made.append(step(f"run '{name}'", records, **source, name=name))
-            runs.append(name)
+            made.append(self._step(f"run '{name}'", records, **source, name=name))
+            self.runs.append(name)
         return made
-    if section.name == "report":
-        names = [told("name")] if "name" in values else assemblies or [told("name")]
+
+    def _reports(self) -> list[Step]:
+        """One for each assembly of the recipe, unless the table names one."""
+        default = self._told("name")
+        names = [default] if "name" in self._values else self.assemblies or [default]
         return [
-            step(
+            self._step(
                 f"report of '{name}'",
-                (*_EMBEDDED, "similarity/*.json", "partition.json", "*/" + name + "/*.json"),
+                (*_EMBEDDED, "similarity/*.json", "partition.json", f"*/{name}/*.json"),
                 several=name if len(names) > 1 else None,
                 name=name,
             )
             for name in names
         ]
-    networks = [f"runs/{name}" for name in runs] or [f"assemblies/{name}" for name in assemblies]
-    if "what" in values or not networks:
-        what = str(values.get("what", ""))
-        return [step(f"{section.label} {what}".strip(), (f"{what or '*/default'}/*.json",))]
-    return [
-        step(
-            f"{section.label} of {network}",
-            (f"{network}/*.json",),
-            several=network.rpartition("/")[2] if len(networks) > 1 else None,
-            what=network,
-        )
-        for network in networks
-    ]
+
+    def _networks(self) -> list[Step]:
+        """One for each run of the recipe, or else each assembly, unless the table names one."""
+        label = self.section.label
+        networks = [f"runs/{name}" for name in self.runs]
+        networks = networks or [f"assemblies/{name}" for name in self.assemblies]
+        if "what" in self._values or not networks:
+            what = str(self._values.get("what", ""))
+            return [self._step(f"{label} {what}".strip(), (f"{what or '*/default'}/*.json",))]
+        return [
+            self._step(
+                f"{label} of {network}",
+                (f"{network}/*.json",),
+                several=network.rpartition("/")[2] if len(networks) > 1 else None,
+                what=network,
+            )
+            for network in networks
+        ]
 
 
 def _budgets(recipe: Recipe, section: Section) -> dict[str, dict[str, str]]:
@@ -189,6 +219,12 @@ def _step(
     )
 
 
+def inserted(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A line with more options, which go before its arguments."""
+    at = words.index("--") if "--" in words else len(words)
+    return [*words[:at], *options, *words[at:]]
+
+
 def check_steps(
     recipe: Recipe, steps: Sequence[Step], check: Callable[[Sequence[str]], None]
 ) -> None:
@@ -204,7 +240,7 @@ def check_steps(
     """
     for step in steps:
         try:
-            check([*step.words, *step.force])
+            check(inserted(step.words, step.force))
         except DeryError as error:
             raise _placed(recipe, step.section, error) from error
 
