@@ -19,10 +19,12 @@ from dery_cli.commands.embed import embed
 from dery_cli.commands.evaluate import evaluate
 from dery_cli.commands.export import export
 from dery_cli.commands.finetune import finetune
+from dery_cli.commands.init import init
 from dery_cli.commands.partition import partition
 from dery_cli.commands.predict import predict
 from dery_cli.commands.push import push
 from dery_cli.commands.report import report
+from dery_cli.commands.run import run as run_recipe
 from dery_cli.commands.sim import sim
 from dery_cli.commands.status import status
 from dery_cli.commands.zoo import zoo_app
@@ -63,6 +65,8 @@ app.command("export")(export)
 app.command("report")(report)
 app.command("push")(push)
 app.command("demo")(demo)
+app.command("run")(run_recipe)
+app.command("init")(init)
 
 
 def _version(value: bool) -> None:

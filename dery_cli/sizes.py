@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 
 from dery_cli.errors import UsageError
@@ -184,3 +184,46 @@ def check_one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise UsageError(f"{option} is '{value}'", f"choose from {', '.join(choices)}")
+
+
+LIMITS = (
+    "--max-params",
+    "--min-params",
+    "--max-flops",
+    "--min-flops",
+    "--max-latency",
+    "--max-memory",
+)
+"""Options of a budget; each may list several values, ``10M,30M``."""
+
+
+def split_limits(given: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Budgets as they are written, ``10M,30M`` for several, by what tells them apart.
+
+    Where one limit lists several, there is a budget for each; where more than one does, they go in
+    step. The key is empty where there is one budget only.
+
+    Raises:
+        UsageError: The lists differ in length, or a budget is listed twice.
+    """
+    words = {option: text.split(",") for option, text in given.items()}
+    lists = {option: parts for option, parts in words.items() if len(parts) > 1}
+    counts = {len(parts) for parts in lists.values()}
+    if len(counts) > 1:
+        told = ", ".join(f"{option} {len(parts)}" for option, parts in lists.items())
+        raise UsageError(
+            f"the budgets differ in number: {told}", "list as many for each, or one for all"
+        )
+    found: dict[str, dict[str, str]] = {}
+    for place in range(counts.pop() if counts else 1):
+        chosen = {o: parts[place if len(parts) > 1 else 0].strip() for o, parts in words.items()}
+        key = "-".join(chosen[option].lower() for option in lists)
+        if key in found:
+            raise UsageError(f"the budget {key} is listed twice", "leave one out")
+        found[key] = chosen
+    return found
+
+
+def budget_name(name: str, key: str) -> str:
+    """What the assembly of one of several budgets is called."""
+    return f"{name}-{key}" if key else name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -97,12 +99,34 @@ def command(function: Callable[..., Result]) -> Callable[..., Result]:
     return wrapper
 
 
+class Checked(Exception):  # noqa: N818 - no error: a command whose options are right
+    """A command's options are right, which was all that was asked."""
+
+
+_checking = contextvars.ContextVar("checking", default=False)
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+    """Within it a command ends, with ``Checked``, where it would open its workspace."""
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
 def open_workspace(path: Path | None) -> Workspace:
     """The workspace of ``--workspace``, ``DERY_WORKSPACE`` or the current folder.
 
+    A command calls this when its options are checked, and before its heavy imports.
+
     Raises:
+        Checked: Within ``checking``.
         UsageError: Its path is no text, which the library that reads tensors needs.
     """
+    if _checking.get():
+        raise Checked
     if path is None:
         path = Path(os.environ.get("DERY_WORKSPACE") or ".dery")
     try:

@@ -22,7 +22,7 @@ from dery_cli.commands._options import (
 from dery_cli.commands._tables import COST_COLUMNS, cost_cells
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count, show_decimals, show_time
+from dery_cli.sizes import budget_name, show_count, show_decimals, show_time
 from dery_cli.stages.assemble.config import (
     GONE,
     SPACES,
@@ -279,7 +279,7 @@ def assemble(
     folder = open_workspace(workspace)
     results: dict[str, Result] = {}
     for key, budget in budgets.items():
-        called = f"{name}-{key}" if key else name
+        called = budget_name(name, key)
         one = dataclasses.replace(config, budget=budget, name=called)
         if dry_run:
             results[called] = _tell(terminal, folder, one)

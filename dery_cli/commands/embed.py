@@ -123,9 +123,9 @@ def embed(
         threads=threads,
         workers=workers,
     )
+    space = open_workspace(workspace)
     from dery_cli.stages.embed.run import embed_zoo
 
-    space = open_workspace(workspace)
     found = embed_zoo(terminal, space, config)
     if dry_run:
         for name, size in found.bytes_per_donor.items():

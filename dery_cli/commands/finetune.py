@@ -125,9 +125,9 @@ def finetune(
         resume=resume,
         tensorboard=tensorboard,
     )
+    space = open_workspace(workspace)
     from dery_cli.stages.finetune.run import fine_tune
 
-    space = open_workspace(workspace)
     record = fine_tune(terminal, space, request, config, device)
     return _show(terminal, space.run(request.run_name), dict(record.data))
 

@@ -58,9 +58,10 @@ def partition(
         max_seconds=max_seconds,
         seed=seed,
     )
+    space = open_workspace(workspace)
     from dery_cli.stages.partition.run import partition_zoo
 
-    stored = partition_zoo(terminal, open_workspace(workspace), config)
+    stored = partition_zoo(terminal, space, config)
     _show(terminal, stored)
     return {**stored.record.data, "forced": stored.forced}
 

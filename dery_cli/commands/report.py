@@ -45,10 +45,10 @@ def report(
 
     It needs no network and opens from disk. For example: dery report --to page.html --figures fig
     """
-    space = open_workspace(workspace)
     config = ReportConfig(
         to=to, figures=figures, name=name, images=images, force=force, device=device
     )
+    space = open_workspace(workspace)
     from dery_cli.stages.report.run import report as write
 
     written = write(terminal, space, config)

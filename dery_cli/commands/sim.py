@@ -89,9 +89,10 @@ def sim(
         seed=seed,
         device=device,
     )
+    space = open_workspace(workspace)
     from dery_cli.stages.sim.run import compare_zoo
 
-    found = compare_zoo(terminal, open_workspace(workspace), config)
+    found = compare_zoo(terminal, space, config)
     pairs = found.pairs
     shown = pairs if len(pairs) <= 8 else [*pairs[:4], *pairs[-4:]]
     if shown:

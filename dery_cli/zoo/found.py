@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from dery_cli.errors import StaleError
-from dery_cli.io.artifacts import is_there
+from dery_cli.io.artifacts import is_there, read_record
 from dery_cli.io.records import Kind
 from dery_cli.zoo.schemas import ASSEMBLY, RUN
 
@@ -38,3 +38,15 @@ def made_by(record_path: Path, kind: Kind) -> str:
     if kind.name == RUN.name:
         return f"dery finetune --name {name}"
     return ASSEMBLE_HINT if name == "default" else f"{ASSEMBLE_HINT} --name {name}"
+
+
+def target_of(folder: Path) -> str:
+    """The data that a network was made for.
+
+    Raises:
+        StaleError: There is no network.
+        DeryError: Its record is damaged.
+    """
+    path, kind = find_record(folder)
+    record = read_record(path, kind, missing=f"{folder} is unfinished", hint=made_by(path, kind))
+    return str(record.data["target"])

@@ -27,11 +27,11 @@ import dataclasses
 import re
 import tomllib
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dery_cli.errors import UsageError
+from dery_cli.io.files import shipped
 
 _TYPES: dict[str, type] = {
     "spec": str,
@@ -72,10 +72,7 @@ class ManifestEntry:
 
 def shipped_manifests() -> dict[str, Path]:
     """The manifests that come with dery, by bare name."""
-    packaged = Path(str(resources.files("dery_cli"))) / "_manifests"
-    checkout = Path(str(resources.files("dery_cli"))).parent / "zoo_manifests"
-    folder = packaged if packaged.is_dir() else checkout
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return shipped("_manifests", "zoo_manifests")
 
 
 def load_manifest(text: str) -> list[ManifestEntry]:

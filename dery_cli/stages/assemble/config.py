@@ -7,6 +7,7 @@ from typing import Any
 
 from dery_cli.errors import UsageError
 from dery_cli.sizes import (
+    LIMITS,
     check_above,
     check_at_least,
     check_between,
@@ -17,6 +18,7 @@ from dery_cli.sizes import (
     parse_time,
     show_count,
     show_time,
+    split_limits,
     within,
 )
 from dery_cli.types import Donor, StitchKind
@@ -98,39 +100,16 @@ def parse_budgets(
 ) -> dict[str, Budget]:
     """Budgets as they are written, ``10M,30M`` for several, by what tells them apart.
 
-    Where one limit lists several, there is a budget for each; where more than one does, they go in
-    step. The key is empty where there is one budget only.
-
     Raises:
-        UsageError: Something is no size, or the lists differ in length.
+        UsageError: Something is no size, or as ``split_limits``.
     """
-    given = {
-        "--max-params": max_params,
-        "--min-params": min_params,
-        "--max-flops": max_flops,
-        "--min-flops": min_flops,
-        "--max-latency": max_latency,
-        "--max-memory": max_memory,
-    }
-    words = {option: text.split(",") for option, text in given.items() if text is not None}
-    lists = {option: parts for option, parts in words.items() if len(parts) > 1}
-    counts = {len(parts) for parts in lists.values()}
-    if len(counts) > 1:
-        told = ", ".join(f"{option} {len(parts)}" for option, parts in lists.items())
-        raise UsageError(
-            f"the budgets differ in number: {told}", "list as many for each, or one for all"
-        )
+    values = (max_params, min_params, max_flops, min_flops, max_latency, max_memory)
+    given = {option: text for option, text in zip(LIMITS, values, strict=True) if text is not None}
     found: dict[str, Budget] = {}
-    for place in range(counts.pop() if counts else 1):
-        chosen = {o: parts[place if len(parts) > 1 else 0] for o, parts in words.items()}
-        key = "-".join(chosen[option].strip().lower() for option in lists)
-        if key in found:
-            raise UsageError(f"the budget {key} is listed twice", "leave one out")
+    for key, chosen in split_limits(given).items():
         limits = {
             option.removeprefix("--").replace("-", "_"): (
-                parse_time(text.strip(), option)
-                if option == "--max-latency"
-                else parse_size(text.strip(), option)
+                parse_time(text, option) if option == "--max-latency" else parse_size(text, option)
             )
             for option, text in chosen.items()
         }
