@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import os
-from importlib import resources
 from pathlib import Path
 
 from dery_cli.errors import DeryError
@@ -76,16 +75,3 @@ def not_written(
     if bytes_needed is not None:
         details = {"bytes_needed": bytes_needed}
     return DeryError(f"could not write {path}: the disk is full{needs}", hint, details=details)
-
-
-def shipped(packaged: str, checkout: str) -> dict[str, Path]:
-    """The TOML files that come with dery in one of its folders, by bare name.
-
-    Args:
-        packaged: The folder within the installed package.
-        checkout: The same folder beside it, in a checkout.
-    """
-    package = Path(str(resources.files("dery_cli")))
-    folder = package / packaged
-    folder = folder if folder.is_dir() else package.parent / checkout
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -27,11 +27,11 @@ import dataclasses
 import re
 import tomllib
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dery_cli.errors import UsageError
-from dery_cli.io.files import shipped
 
 _TYPES: dict[str, type] = {
     "spec": str,
@@ -72,7 +72,10 @@ class ManifestEntry:
 
 def shipped_manifests() -> dict[str, Path]:
     """The manifests that come with dery, by bare name."""
-    return shipped("_manifests", "zoo_manifests")
+    package = Path(str(resources.files("dery_cli")))
+    packaged = package / "_manifests"
+    folder = packaged if packaged.is_dir() else package.parent / "zoo_manifests"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def load_manifest(text: str) -> list[ManifestEntry]:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dery_cli.stages.recipe.config import SHIPPED
 from tests.conftest import make_images, run_dery
 from tests.e2e.conftest import DONORS, STAGES
 
 ROOT = Path(__file__).parents[2]
-WORKFLOW = ROOT / "recipes" / "github-actions.yml"
+WORKFLOW = SHIPPED / "github-actions.yml"
 RECIPE = """\
 data = "{data}"
 [zoo]
@@ -27,7 +28,7 @@ blocks = 3
 eps = 0.5
 [assemble]
 max-params = "700k"
-effort = 6
+effort = 2
 [finetune]
 steps = 8
 effort = 0

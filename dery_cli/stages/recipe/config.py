@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from dery_cli.errors import UsageError
-from dery_cli.io.files import shipped
 
 SECTIONS = {
     "zoo": "zoo add",
@@ -141,9 +140,13 @@ class Recipe:
         return UsageError(f"{self.file}:{line}: {path}{joined}", hint)
 
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""The recipes that come with dery, and a workflow for CI."""
+
+
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with dery, by bare name."""
-    return shipped("_recipes", "recipes")
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
 
 
 def load_recipe(text: str) -> Recipe:
