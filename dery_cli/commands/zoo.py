@@ -198,7 +198,7 @@ def plugins(
         typer.Option("--models", metavar="PLUGIN", help="List the models of this zoo plugin."),
     ] = None,
 ) -> Result:
-    """List the plugins that give models and data, and what is wrong with the broken ones."""
+    """List the plugins: models, data, metrics and proxies, and what is wrong with the broken."""
     if models is not None:
         plugin = find_plugin(ZOO_GROUP, models, ZooPlugin, what="zoo plugin")
         names = list_models(models, plugin)
