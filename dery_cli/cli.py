@@ -13,6 +13,7 @@ import typer
 
 import dery_cli
 from dery_cli.commands.assemble import assemble
+from dery_cli.commands.compare import compare
 from dery_cli.commands.demo import demo
 from dery_cli.commands.doctor import doctor
 from dery_cli.commands.embed import embed
@@ -58,6 +59,7 @@ app.command("partition")(partition)
 app.command("assemble")(assemble)
 app.command("finetune")(finetune)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("predict")(predict)
 app.command("status")(status)
 app.command("doctor")(doctor)

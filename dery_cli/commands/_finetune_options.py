@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands import _options as shared
 from dery_cli.training.recipe import BATCH_NORM, MODES, PRECISIONS, RECIPES
 from dery_cli.types import MIN_IMAGES_TO_CHOOSE_ON
@@ -21,8 +23,16 @@ DISTILLATION = "Distillation"
 RUN = "Run"
 
 
-def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:  # noqa: A002
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+def _option(
+    panel: str,
+    *names: str,
+    help: str,  # noqa: A002
+    metavar: str | None = None,
+    autocompletion: Callable[..., list[str]] | None = None,
+) -> Any:
+    return typer.Option(
+        *names, help=help, metavar=metavar, rich_help_panel=panel, autocompletion=autocompletion
+    )
 
 
 def _shared(option: Any, panel: str) -> Any:
@@ -33,10 +43,23 @@ def _shared(option: Any, panel: str) -> Any:
 
 
 AssemblyOption = Annotated[
-    str, _option(START, "--assembly", "-a", help="Name of the assembly to start from.")
+    str,
+    _option(
+        START,
+        "--assembly",
+        "-a",
+        help="Name of the assembly to start from.",
+        autocompletion=_completion.assemblies,
+    ),
 ]
 DonorOption = Annotated[
-    str | None, _option(START, "--donor", help="Start from this whole donor instead: the control.")
+    str | None,
+    _option(
+        START,
+        "--donor",
+        help="Start from this whole donor instead: the control.",
+        autocompletion=_completion.donors,
+    ),
 ]
 ScratchOption = Annotated[
     bool, _option(START, "--scratch", help="The assembly's architecture with random weights.")
@@ -218,7 +241,13 @@ DistillFeaturesOption = Annotated[
 ]
 
 NameOption = Annotated[
-    str | None, _option(RUN, "--name", help="Name of the run; the assembly's by default.")
+    str | None,
+    _option(
+        RUN,
+        "--name",
+        help="Name of the run; the assembly's by default.",
+        autocompletion=_completion.runs,
+    ),
 ]
 ResumeOption = Annotated[
     bool, _option(RUN, "--resume", help="Go on from the run's last checkpoint, or fail.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -86,7 +87,12 @@ def assemble(
         typer.Option("--license", help="Use donors under this licence only; may be repeated."),
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option("--include", help="Use these donors only; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--include",
+            help="Use these donors only; may be repeated.",
+            autocompletion=_completion.donors,
+        ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
@@ -94,6 +100,7 @@ def assemble(
             "--exclude",
             metavar="DONOR|PIECE",
             help="Leave this donor out, or this piece of one: a[0:4]; may be repeated.",
+            autocompletion=_completion.donors,
         ),
     ] = None,
     image_size: Annotated[
@@ -122,7 +129,10 @@ def assemble(
     ] = False,
     data: DataOption = None,
     skip_bad: SkipBadOption = False,
-    name: Annotated[str, typer.Option("--name", help="Name of the assembly.")] = "default",
+    name: Annotated[
+        str,
+        typer.Option("--name", help="Name of the assembly.", autocompletion=_completion.assemblies),
+    ] = "default",
     space: Annotated[
         str,
         typer.Option(
@@ -145,15 +155,30 @@ def assemble(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="PIECE", help="Begin with this piece: a[0:4], or a."),
+        typer.Option(
+            "--start",
+            metavar="PIECE",
+            help="Begin with this piece: a[0:4], or a.",
+            autocompletion=_completion.donors,
+        ),
     ] = None,
     end: Annotated[
         str | None,
-        typer.Option("--end", metavar="PIECE", help="End with this piece: b[7:9], or b."),
+        typer.Option(
+            "--end",
+            metavar="PIECE",
+            help="End with this piece: b[7:9], or b.",
+            autocompletion=_completion.donors,
+        ),
     ] = None,
     require: Annotated[
         list[str] | None,
-        typer.Option("--require", metavar="PIECE", help="Have this piece in; may be repeated."),
+        typer.Option(
+            "--require",
+            metavar="PIECE",
+            help="Have this piece in; may be repeated.",
+            autocompletion=_completion.donors,
+        ),
     ] = None,
     purpose: Annotated[
         str,
@@ -178,6 +203,7 @@ def assemble(
             "--proxy",
             help="Ranks built networks: probe (needs labels; the best are then tried on held-out "
             "images, which decides), naswot, params (these decide alone).",
+            autocompletion=_completion.proxies,
         ),
     ] = None,
     candidates: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -28,7 +29,11 @@ def embed(
     data: DataOption = None,
     donor: Annotated[
         list[str] | None,
-        typer.Option("--donor", help="Embed this donor only; may be given several times."),
+        typer.Option(
+            "--donor",
+            help="Embed this donor only; may be given several times.",
+            autocompletion=_completion.donors,
+        ),
     ] = None,
     samples: Annotated[
         int, typer.Option("--samples", "-n", help="Calibration images, chosen by --seed.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -32,6 +33,7 @@ def evaluate(
         typer.Argument(
             metavar="[WHAT]",
             help="runs/NAME, assemblies/NAME or a folder; the run 'default', else the assembly.",
+            autocompletion=_completion.networks,
         ),
     ] = None,
     data: DataOption = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     DataOption,
     Result,
@@ -31,6 +32,7 @@ def export(
         typer.Argument(
             metavar="[NAME]",
             help="A run's or assembly's name or folder; the run 'default', else the assembly.",
+            autocompletion=_completion.networks,
         ),
     ] = None,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],

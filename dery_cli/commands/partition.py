@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     Result,
     SeedOption,
@@ -36,7 +37,12 @@ def partition(
         str, typer.Option("--size", help="What a block's size is counted in: nodes, macs, params.")
     ] = "nodes",
     metric: Annotated[
-        str, typer.Option("--metric", help="Which similarity to use; see dery sim.")
+        str,
+        typer.Option(
+            "--metric",
+            help="Which similarity to use; see dery sim.",
+            autocompletion=_completion.metrics,
+        ),
     ] = "cka",
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", help="Stop improving after this time.")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     DeviceOption,
     Result,
@@ -27,7 +28,12 @@ from dery_cli.stages.predict.config import PredictConfig
 def predict(
     terminal: Terminal,
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="runs/NAME, assemblies/NAME or a folder.")
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="runs/NAME, assemblies/NAME or a folder.",
+            autocompletion=_completion.networks,
+        ),
     ],
     images: Annotated[
         list[Path],

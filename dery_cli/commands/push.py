@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import Result, WorkspaceOption, command, open_workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.push.config import PushConfig, find_pushed
@@ -17,7 +18,9 @@ def push(
     what: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="The run of this name, else the assembly; or their folder."
+            metavar="NAME",
+            help="The run of this name, else the assembly; or their folder.",
+            autocompletion=_completion.networks,
         ),
     ],
     repo: Annotated[str, typer.Argument(metavar="OWNER/REPO", help="The model on the hub.")],

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import (
     DeviceOption,
     Result,
@@ -25,7 +26,9 @@ def sim(
     metric: Annotated[
         str,
         typer.Option(
-            "--metric", help="Representation similarity: cka, rbf_cka, lr, ridge, or a plugin's."
+            "--metric",
+            help="Representation similarity: cka, rbf_cka, lr, ridge, or a plugin's.",
+            autocompletion=_completion.metrics,
         ),
     ] = "cka",
     minibatch: Annotated[

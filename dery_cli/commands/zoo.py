@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dery_cli.commands import _completion
 from dery_cli.commands._options import Result, WorkspaceOption, command, open_workspace
 from dery_cli.commands._tables import (
     COST_COLUMNS,
@@ -155,7 +156,7 @@ def list_(terminal: Terminal, workspace: WorkspaceOption = None) -> Result:
 @command
 def show(
     terminal: Terminal,
-    name: Annotated[str, typer.Argument(metavar="DONOR")],
+    name: Annotated[str, typer.Argument(metavar="DONOR", autocompletion=_completion.donors)],
     workspace: WorkspaceOption = None,
 ) -> Result:
     """Show a donor's nodes, with layout, shape and the cost of the unit that ends there."""
@@ -179,7 +180,9 @@ def show(
 @command
 def remove(
     terminal: Terminal,
-    names: Annotated[list[str], typer.Argument(metavar="DONOR...")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="DONOR...", autocompletion=_completion.donors)
+    ],
     workspace: WorkspaceOption = None,
 ) -> Result:
     """Drop donors and their embeddings; what was computed from them becomes stale."""
@@ -195,10 +198,15 @@ def plugins(
     terminal: Terminal,
     models: Annotated[
         str | None,
-        typer.Option("--models", metavar="PLUGIN", help="List the models of this zoo plugin."),
+        typer.Option(
+            "--models",
+            metavar="PLUGIN",
+            help="List the models of this zoo plugin.",
+            autocompletion=_completion.zoo_plugins,
+        ),
     ] = None,
 ) -> Result:
-    """List the plugins that give models and data, and what is wrong with the broken ones."""
+    """List the plugins: models, data, metrics and proxies, and what is wrong with the broken."""
     if models is not None:
         plugin = find_plugin(ZOO_GROUP, models, ZooPlugin, what="zoo plugin")
         names = list_models(models, plugin)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from dery_cli.runtime.launcher import is_follower
 from dery_cli.runtime.printable import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console, JustifyMethod
+    from rich.console import Console
 
 _PLAIN_SECONDS = 10.0
-_PLAIN_WIDTH = 160
+_PLAIN_WIDTH = 80
+"""Columns of what is no terminal, unless ``COLUMNS`` says otherwise."""
 
 
 class Progress:
@@ -66,9 +68,12 @@ class Terminal:
         if self._err is None:
             from rich.console import Console
 
-            wide = None if sys.stderr.isatty() else _PLAIN_WIDTH
             self._err = Console(
-                stderr=True, highlight=False, soft_wrap=True, width=wide, quiet=is_follower()
+                stderr=True,
+                highlight=False,
+                soft_wrap=True,
+                width=_width(sys.stderr),
+                quiet=is_follower(),
             )
         return self._err
 
@@ -79,8 +84,9 @@ class Terminal:
         if self._out is None:
             from rich.console import Console
 
-            wide = None if sys.stdout.isatty() else _PLAIN_WIDTH
-            self._out = Console(highlight=False, soft_wrap=True, width=wide, quiet=is_follower())
+            self._out = Console(
+                highlight=False, soft_wrap=True, width=_width(sys.stdout), quiet=is_follower()
+            )
         return self._out
 
     def say(self, text: str = "", style: str | None = None) -> None:
@@ -112,29 +118,17 @@ class Terminal:
         *,
         highlight: int | None = None,
     ) -> None:
-        """A table; columns whose cells are all numbers-like align right."""
+        """A table that fits the terminal; columns of figures align right."""
         if self.quiet:
             return
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
+        from dery_cli.runtime.tables import draw_table
 
+        names = [printable(column) for column in columns]
         cells = [[("-" if cell is None else printable(str(cell))) for cell in row] for row in rows]
-        heading = None if title is None else Text(printable(title))
-        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(columns):
-            numeric = all(_number_like(row[index]) for row in cells) and bool(cells)
-            justify: JustifyMethod = "right" if numeric else "left"
-            table.add_column(
-                Text(printable(column)),
-                justify=justify,
-                overflow="fold",
-                no_wrap=numeric or index == 0,
-            )
-        for index, row in enumerate(cells):
-            style = "bold" if index == highlight else None
-            table.add_row(*(Text(cell) for cell in row), style=style)
-        self.out.print(table)
+        heading = None if title is None else printable(title)
+        for line in draw_table(heading, names, cells, self.out.width):
+            bold = line.kind in ("head", str(highlight))
+            self.out.print(line.text, style="bold" if bold else None, markup=False)
 
     def growing_table(self, columns: Sequence[str]) -> GrowingTable:
         """A table on stderr whose rows are printed as they come."""
@@ -223,8 +217,10 @@ class _PlainProgress(Progress):
         self._terminal.note(f"{self._description} {self.done}/{self.total} in {seconds:.1f} s")
 
 
-def _number_like(cell: str) -> bool:
-    return cell == "-" or cell[:1].isdigit() or (cell[:1] in "+-." and cell[1:2].isdigit())
+def _width(stream: TextIO) -> int | None:
+    """Columns of a stream; None where rich finds them: a terminal, or ``COLUMNS``."""
+    known = stream.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return None if known else _PLAIN_WIDTH
 
 
 _current: contextvars.ContextVar[Terminal | None] = contextvars.ContextVar("terminal", default=None)

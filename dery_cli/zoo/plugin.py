@@ -333,6 +333,7 @@ def describe_plugins() -> list[PluginInfo]:
     protocols: dict[str, type] = {
         ZOO_GROUP: ZooPlugin,
         DATA_GROUP: DataPlugin,
+        METRIC_GROUP: MetricPlugin,
         PROXY_GROUP: Proxy,
     }
     for group, protocol in protocols.items():

@@ -111,3 +111,19 @@ def test_status_loads_nothing_heavy(pipeline):
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[-2] == "0 []"
+
+
+def test_compare_puts_records_side_by_side(copied, pipeline):
+    found = copied("compare", "assemblies/default", "runs/default", "--json")
+    assert found.code == 0, found.stderr
+    made, tuned = found.json["result"]["networks"]
+    said, run = pipeline.results["assemble"], pipeline.results["finetune"]
+    assert (made["name"], tuned["name"]) == ("assemblies/default", "runs/default")
+    assert made["network"] == tuned["network"] == said["name"]
+    assert (made["params"], made["held_out"]) == (said["params"], said["held_out"])
+    assert (made["test_top1"], tuned["test_top1"]) == (said["test_top1"], run["test_top1"])
+    assert made["donors"] == sorted({row["donor"] for row in said["network"]["blocks"]})
+    assert tuned["held_out"] is None
+    plain = copied("compare", "assemblies/default", "runs/default")
+    assert max(map(len, plain.stdout.split("held out: ")[0].splitlines())) <= 80
+    assert copied("compare", "none", "--json").code == 2

@@ -117,6 +117,11 @@ def test_an_unknown_plugin_lists_the_close_ones(register):
     assert caught.value.hint == "did you mean birds?"
 
 
+def test_metrics_and_proxies_are_in_the_list():
+    found = {(info.group, info.name) for info in describe_plugins() if info.error is None}
+    assert {("dery.metrics", "cka"), ("dery.proxies", "probe"), ("dery.data", "demo")} <= found
+
+
 def test_a_broken_plugin_warns_in_the_list(register):
     register(("good", "good"), ("broken", "door_raises:zoo"), ("lists", "bad_list"))
     outcome = run_dery("zoo", "plugins", "--json")

@@ -1,0 +1,189 @@
+"""Tables as lines of text that fit a width: what is too long folds, and numbers are never cut.
+
+A table that fits is one line a row. Where it does not, its headings fold at words first; then the
+widest column of words folds, or moves to lines of its own below each row (as a network's name
+does); what is left is printed in several parts, each with the first column before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+GAP = "  "
+INDENT = "  "
+FOLDS = 2
+"""Lines a cell may take beside its neighbours before it gets lines of its own."""
+_LEAST = 12
+_NUMBER = re.compile(r"-|[+-]?\.?\d\S*( [^\W\d]{1,3})?")
+_HEADING_PIECE = re.compile(r"[^\s-]+-?|-")
+
+Rows = Sequence[Sequence[str]]
+
+
+class Line(NamedTuple):
+    """A line, and what it is: ``title``, ``head``, ``rule`` or the row's index as text."""
+
+    text: str
+    kind: str
+
+
+class _Part(NamedTuple):
+    """Columns side by side, with their widths in terminal cells, and those on lines below."""
+
+    beside: list[int]
+    widths: list[int]
+    below: list[int]
+
+
+def is_number(cell: str) -> bool:
+    """Whether a cell is a figure, its unit included, or the dash of an unknown one."""
+    return _NUMBER.fullmatch(cell) is not None
+
+
+def draw_table(title: str | None, columns: Sequence[str], rows: Rows, width: int) -> list[Line]:
+    """The lines of a table, none wider than ``width`` terminal cells.
+
+    Args:
+        title: A line above it.
+        columns: Headings.
+        rows: A text for every column of every row, without control characters.
+        width: Terminal cells.
+    """
+    lines = [Line(text, "title") for text in fold(title, width)] if title else []
+    right = [bool(rows) and all(is_number(row[c]) for row in rows) for c in range(len(columns))]
+    for part in _parts(columns, rows, right, width):
+        lines += _draw_part(part, columns, rows, right, width)
+    return lines
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Break at spaces, and within a word only where it is wider than ``width`` itself."""
+    from rich.cells import cell_len, chop_cells
+
+    lines: list[str] = []
+    for word in text.split(" "):
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and cell_len(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines += chop_cells(word, width) or [""]
+    return lines
+
+
+def _fold_heading(text: str, width: int) -> list[str]:
+    """The same, at hyphens too: multiply-adds is the widest word of most tables."""
+    from rich.cells import cell_len
+
+    lines: list[str] = []
+    for line in fold(text, max(width, _widest(_HEADING_PIECE.findall(text)))):
+        if cell_len(line) <= width:
+            lines.append(line)
+        else:
+            lines += _HEADING_PIECE.findall(line)
+    return [piece for line in lines for piece in fold(line, width)]
+
+
+def _widest(texts: Sequence[str]) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, texts), default=0)
+
+
+def _parts(columns: Sequence[str], rows: Rows, right: list[bool], width: int) -> list[_Part]:
+    from rich.cells import cell_len
+
+    every = list(range(len(columns)))
+    cells = [_widest([row[c] for row in rows]) for c in every]
+    full = [max(cell_len(columns[c]), cells[c]) for c in every]
+    if _total(full) <= width:
+        return [_Part(every, full, [])]
+    folded = [
+        max(cells[c], min(_widest(_HEADING_PIECE.findall(columns[c])), _LEAST)) for c in every
+    ]
+    beside, below = every, list[int]()
+    while _total([folded[c] for c in beside]) > width:
+        words = [c for c in beside if not right[c] and (c or len(below) == 0)]
+        if not words:
+            break
+        longest = max(words, key=lambda c: folded[c])
+        room = width - _total([folded[c] for c in beside]) + folded[longest]
+        if room >= _least(columns, rows, longest, room):
+            folded[longest] = room
+            break
+        if longest == 0 or len(beside) == 1:
+            folded[0] = max(room, min(folded[0], width // 3), 1)
+            if len(words) == 1 or folded[0] == room:
+                break
+            longest = max((c for c in words if c), key=lambda c: folded[c])
+        beside = [c for c in beside if c != longest]
+        below = sorted([*below, longest])
+    return _split(beside, below, folded, width)
+
+
+def _least(columns: Sequence[str], rows: Rows, column: int, room: int) -> int:
+    """Terminal cells that a column of words needs beside others; more than ``room`` if too long."""
+    words = [word for row in rows for word in row[column].split(" ")]
+    least = max(_widest(words), min(_widest(_HEADING_PIECE.findall(columns[column])), _LEAST))
+    if least > room or room < 1:
+        return room + 1
+    long = any(len(fold(row[column], room)) > FOLDS for row in rows)
+    return room + 1 if long else least
+
+
+def _split(beside: list[int], below: list[int], widths: list[int], width: int) -> list[_Part]:
+    """Parts of the columns ``beside`` that fit, the first column in each."""
+    first, *rest = beside
+    widths = [min(one, width) for one in widths]
+    parts = [[first]]
+    for column in rest:
+        if _total([widths[c] for c in [*parts[-1], column]]) > width and len(parts[-1]) > 1:
+            parts.append([first])
+        parts[-1].append(column)
+    for part in parts:
+        over = _total([widths[c] for c in part]) - width
+        widths[first] = max(widths[first] - max(over, 0), 1)
+    return [
+        _Part(part, [widths[c] for c in part], below if not index else [])
+        for index, part in enumerate(parts)
+    ]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
+def _draw_part(
+    part: _Part, columns: Sequence[str], rows: Rows, right: list[bool], width: int
+) -> list[Line]:
+    sides = [right[c] for c in part.beside]
+    heading = [_fold_heading(columns[c], w) for c, w in zip(part.beside, part.widths, strict=True)]
+    tall = max(map(len, heading))
+    heading = [[""] * (tall - len(one)) + one for one in heading]
+    lines = [Line(text, "head") for text in _side_by_side(heading, part.widths, sides)]
+    lines += [Line(INDENT + columns[c], "head") for c in part.below if columns[c]]
+    ruled = max([_total(part.widths), *(_widest([line.text]) for line in lines)])
+    lines.append(Line("─" * min(ruled, width), "rule"))
+    for index, row in enumerate(rows):
+        cells = [fold(row[c], w) for c, w in zip(part.beside, part.widths, strict=True)]
+        lines += [Line(text, str(index)) for text in _side_by_side(cells, part.widths, sides)]
+        for c in part.below:
+            if row[c] and row[c] != "-":
+                folded = fold(row[c], max(width - len(INDENT), 1))
+                lines += [Line(INDENT + text, str(index)) for text in folded]
+    return [*lines, Line("", "rule")]
+
+
+def _side_by_side(cells: list[list[str]], widths: list[int], right: list[bool]) -> list[str]:
+    from rich.cells import cell_len
+
+    lines = []
+    for index in range(max(map(len, cells))):
+        texts = []
+        for cell, width, to_the_right in zip(cells, widths, right, strict=True):
+            text = cell[index] if index < len(cell) else ""
+            blank = " " * (width - cell_len(text))
+            texts.append(blank + text if to_the_right else text + blank)
+        lines.append(GAP.join(texts).rstrip())
+    return lines
