@@ -177,9 +177,19 @@ def assemble(
         typer.Option(
             "--proxy",
             help="Ranks built networks: probe (needs labels; the best are then tried on held-out "
-            "images, which decides), naswot, params (these decide alone).",
+            "images, which decides), or alone: naswot, jacov, synflow, params, flops, and with "
+            "labels grad_norm, snip, fisher, zico.",
         ),
     ] = None,
+    proxy_batches: Annotated[
+        int,
+        typer.Option(
+            "--proxy-batches", help="Batches of target images that a proxy looks at (not probe)."
+        ),
+    ] = AssembleConfig.proxy_batches,
+    proxy_batch_size: Annotated[
+        int, typer.Option("--proxy-batch-size", help="Images of each of these batches.")
+    ] = AssembleConfig.proxy_batch_size,
     candidates: Annotated[
         str | None, typer.Option("--candidates", "-n", hidden=True, help=GONE["candidates"])
     ] = None,
@@ -265,6 +275,8 @@ def assemble(
         purpose=purpose,
         effort=effort,
         proxy=proxy,
+        proxy_batches=proxy_batches,
+        proxy_batch_size=proxy_batch_size,
         stitch=stitch,
         match=match,
         whole=whole,
@@ -423,6 +435,11 @@ def _show_remarks(terminal: Terminal, found: Assembled) -> None:
         )
     else:
         terminal.warn("time ran out before the program's optimum was proven")
+    if data["builds"].get("without_score"):
+        terminal.warn(
+            f"{data['builds']['without_score']} of {data['builds']['scored']} networks have no "
+            f"score by {data['proxy']['name']} and rank last"
+        )
     if data["learning"] is not None:
         _show_learning(terminal, data["learning"])
     if data["network"]["classes"] is None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from dery_cli.core.proxies import ProxyInputs
+    from dery_cli.core.proxies.inputs import ProxyInputs
     from dery_cli.core.similarity.metric import Metric
     from dery_cli.types import ModelCard
 
@@ -225,7 +225,7 @@ def find_plugin(group: str, name: str, protocol: type[_Plugin], *, what: str = "
 
 
 def find_proxy(name: str) -> Proxy:
-    """Load a training-free proxy by name; see ``core.proxies``.
+    """Load a training-free proxy by name; see ``core.proxies.catalogue``.
 
     Raises:
         UsageError: No such proxy.

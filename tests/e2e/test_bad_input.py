@@ -29,7 +29,7 @@ from tests.e2e.conftest import edit_json, snapshot
             "--min-params 2.00M is above --max-params 1.00M",
             None,
         ),
-        ("assemble --proxy magic", "--proxy is 'magic'", "naswot, params, probe"),
+        ("assemble --proxy magic", "--proxy is 'magic'", "naswot, params, probe, snip"),
         ("sim --metric cosine", "--metric is 'cosine'", "cka"),
         ("sim --memory much", "--memory: 'much' is not a size", None),
         ("partition -K 0", "-K is 0; it must be at least 1 and at most 8", None),

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dery_cli.core.cost.flops import count_flops, count_params
-from dery_cli.core.proxies import ProxyInputs
+from dery_cli.core.proxies.inputs import ProxyInputs
 from dery_cli.core.stitching.network import AssembledNetwork
 from dery_cli.core.stitching.probe import Judgement
 from dery_cli.data.batches import ImageStore, as_dataset
+from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import ImageDataset
 from dery_cli.data.target import Target
 from dery_cli.errors import DeryError
@@ -89,17 +90,27 @@ class Builder:
         network = built.network
         if candidate.reestimated:
             network = self._unlabelled.reestimated(network, candidate.refs)
-        batches = self.view(candidate.refs[0].donor)
-        value = proxy(
-            ProxyInputs(
-                network=network,
-                batches=lambda: iter(batches),
-                labels=self.target.labels,
-                num_classes=self.target.num_classes,
-            )
-        )
+        value = proxy(self._proxy_inputs(network, candidate.refs[0].donor))
         score = float(value) if math.isfinite(value) else -math.inf
         return Scored(candidate=candidate, proxy=score, fits=built.fits)
+
+    def _proxy_inputs(self, network: AssembledNetwork, donor: str) -> ProxyInputs:
+        """All the target's images, and a few: as many of each class, in an order of the seed."""
+        target, config = self.target, self.config
+        labels = target.data.train.labels
+        count = config.proxy_batches * config.proxy_batch_size
+        few = choose_samples(target.indices, labels, count, config.seed)
+        batches, some = self.view(donor), self._images.view(self.zoo[donor].input, few)
+        return ProxyInputs(
+            network=network,
+            batches=lambda: iter(batches),
+            labels=target.labels,
+            num_classes=target.num_classes,
+            few=lambda: iter(some),
+            few_labels=None if labels is None else [int(labels[index]) for index in few],
+            num_batches=config.proxy_batches,
+            batch_size=config.proxy_batch_size,
+        )
 
     @property
     def can_try(self) -> bool:

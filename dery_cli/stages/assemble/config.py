@@ -210,6 +210,8 @@ class AssembleConfig:
         exclude: Pieces that it has not, ``a[0:4]``; whole donors are in ``donors``.
         purpose: One of ``PURPOSES``; ``untrained`` fits what is delivered on all training images.
         effort: Work of building and trying, in passes of all donors over the target's images.
+        proxy_batches: Of the few images that all proxies but the probe look at.
+        proxy_batch_size: Likewise.
         require_optimal: Fail where the program's optimum is not proven in ``max_seconds``.
     """
 
@@ -231,6 +233,8 @@ class AssembleConfig:
     skip_bad: bool = False
     name: str = "default"
     proxy: str | None = None
+    proxy_batches: int = 5
+    proxy_batch_size: int = 32
     stitch: str = "linear"
     match: bool = False
     whole: bool = True
@@ -260,6 +264,8 @@ class AssembleConfig:
         check_one_of("--stitch", self.stitch, tuple(StitchKind))
         if self.proxy is not None:
             check_one_of("--proxy", self.proxy, tuple(plugin_names(PROXY_GROUP)))
+        check_at_least("--proxy-batches", self.proxy_batches)
+        check_at_least("--proxy-batch-size", self.proxy_batch_size, 2)
         if self.max_seconds is not None:
             check_above("--max-seconds", self.max_seconds)
         check_seed(self.seed)
@@ -306,6 +312,8 @@ class AssembleConfig:
             "data": self.data,
             "skip_bad": self.skip_bad,
             "proxy": self.proxy,
+            "proxy_batches": self.proxy_batches,
+            "proxy_batch_size": self.proxy_batch_size,
             "stitch": self.stitch,
             "match": self.match,
             "whole": self.whole,
