@@ -24,11 +24,13 @@ from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import show_count, show_decimals, show_time
 from dery_cli.stages.assemble.config import (
+    DRAWS,
     GONE,
     SPACES,
     AssembleConfig,
     DonorFilter,
     parse_budgets,
+    preset_options,
     refuse_gone,
 )
 
@@ -123,14 +125,32 @@ def assemble(
     data: DataOption = None,
     skip_bad: SkipBadOption = False,
     name: Annotated[str, typer.Option("--name", help="Name of the assembly.")] = "default",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="paper: the paper's own procedure to compare with, --stem paper --stitch paper "
+            "--space paper --proxy naswot --draw random; what else is given stands.",
+        ),
+    ] = None,
     space: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--space",
+            show_default=AssembleConfig.space,
             help=f"Networks to choose from, {' or '.join(SPACES)}: every path through the donors, "
             "or one block a stage and an equivalence set of the partition.",
         ),
-    ] = AssembleConfig.space,
+    ] = None,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            "--draw",
+            show_default=AssembleConfig.draw,
+            help=f"Candidates of --space paper, {' or '.join(DRAWS)}: the best of its program, or "
+            "drawn at random within the budget, as many as --effort pays for.",
+        ),
+    ] = None,
     max_stitches: Annotated[
         int, typer.Option("--max-stitches", help="Stitches of a path, at most.")
     ] = AssembleConfig.max_stitches,
@@ -199,14 +219,25 @@ def assemble(
     joint_weight: Annotated[
         str | None, typer.Option("--joint-weight", hidden=True, help=GONE["joint-weight"])
     ] = None,
+    stem: Annotated[
+        str | None,
+        typer.Option(
+            "--stem",
+            show_default=AssembleConfig.stem,
+            help="What networks begin with: the first donor's own layers (donor), or the paper's "
+            "fresh 7x7 convolution, to train, in place of the first donor's first unit, which "
+            "holds its pretrained stem (paper; no whole donors then).",
+        ),
+    ] = None,
     stitch: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--stitch",
+            show_default=AssembleConfig.stitch,
             help="Layer between blocks of different donors: linear (1x1 convolution), mlp (two of "
             "them), or paper (batch norm, convolution, LeakyReLU with random weights, to train).",
         ),
-    ] = AssembleConfig.stitch,
+    ] = None,
     match: Annotated[
         bool,
         typer.Option(
@@ -265,7 +296,6 @@ def assemble(
         data=data,
         skip_bad=skip_bad,
         name=name,
-        space=space,
         max_stitches=max_stitches,
         blocks=blocks,
         start=start,
@@ -274,10 +304,8 @@ def assemble(
         exclude=tuple(piece for piece in left_out if "[" in piece),
         purpose=purpose,
         effort=effort,
-        proxy=proxy,
         proxy_batches=proxy_batches,
         proxy_batch_size=proxy_batch_size,
-        stitch=stitch,
         match=match,
         whole=whole,
         fit_samples=fit_samples,
@@ -287,6 +315,7 @@ def assemble(
         require_optimal=require_optimal,
         device=device,
         workers=workers,
+        **preset_options(preset, space=space, stem=stem, stitch=stitch, proxy=proxy, draw=draw),
     )
     folder = open_workspace(workspace)
     results: dict[str, Result] = {}
@@ -426,7 +455,9 @@ def _show_learning(terminal: Terminal, learning: Mapping[str, Any]) -> None:
 
 def _show_remarks(terminal: Terminal, found: Assembled) -> None:
     data, timing = found.record.data, found.latency
-    if data["program"]["optimal"]:
+    if data["program"]["solver"] == "not asked":
+        terminal.say(f"nothing was searched: {data['program']['agreement']}")
+    elif data["program"]["optimal"]:
         tried = data["held_out"] is not None
         terminal.say(
             "the program's optimum is proven; "

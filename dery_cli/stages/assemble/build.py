@@ -35,7 +35,7 @@ from dery_cli.training.closed_form import (
     try_out,
 )
 from dery_cli.training.evaluate import evaluate
-from dery_cli.types import StitchKind
+from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.plugin import Proxy
 from dery_cli.zoo.registry import Zoo
@@ -66,7 +66,10 @@ class Builder:
         self.zoo, self.donors, self.target, self.config = zoo, donors, target, config
         self._images = images
         self._options = FitOptions(
-            stitch=StitchKind(config.stitch), match=config.match, seed=config.seed
+            stitch=StitchKind(config.stitch),
+            stem=StemKind(config.stem),
+            match=config.match,
+            seed=config.seed,
         )
         # labels would flatter what is scored on the images that it was fitted on
         self._unlabelled: FittedBuilder | None = self._fitted_on(target, with_labels=False)
@@ -90,11 +93,11 @@ class Builder:
         network = built.network
         if candidate.reestimated:
             network = self._unlabelled.reestimated(network, candidate.refs)
-        value = proxy(self._proxy_inputs(network, candidate.refs[0].donor))
+        value = proxy(self.proxy_inputs(network, candidate.refs[0].donor))
         score = float(value) if math.isfinite(value) else -math.inf
         return Scored(candidate=candidate, proxy=score, fits=built.fits)
 
-    def _proxy_inputs(self, network: AssembledNetwork, donor: str) -> ProxyInputs:
+    def proxy_inputs(self, network: AssembledNetwork, donor: str) -> ProxyInputs:
         """All the target's images, and a few: as many of each class, in an order of the seed."""
         target, config = self.target, self.config
         labels = target.data.train.labels

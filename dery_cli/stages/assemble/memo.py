@@ -19,7 +19,7 @@ from dery_cli.io.records import Artifact, Kind, json_sha256
 from dery_cli.io.schema import boolean, fields, list_of, number, optional
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.setting import Setting
-from dery_cli.types import StitchKind
+from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.plugin import PROXY_GROUP, is_built_in
 from dery_cli.zoo.schemas import SCORE
 
@@ -153,6 +153,7 @@ class Memo:
                 "inputs": {name: zoo[name].input.to_json() for name in donors},
                 "stitch": config.stitch,
                 "match": config.match,
+                **({} if config.stem == StemKind.DONOR else {"stem": config.stem}),
                 "fit_samples": config.fit_samples,
                 "target_samples": config.target_samples,
                 "crop": self._setting.target.crop,

@@ -391,6 +391,7 @@ def _describe(setting: Setting, best: Scored, built: CompleteNetwork) -> dict[st
             classes=target.data.classes,
             crop=target.crop,
             sets=chosen.sets,
+            stem=setting.stem,
         ),
         "name": str(chosen),
         "whole": chosen.whole,
