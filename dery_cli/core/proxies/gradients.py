@@ -184,14 +184,15 @@ def _channel_information(a: Tensor, g: Tensor, axis: int) -> float:
 def synflow(inputs: ProxyInputs) -> float:
     """Log of the synaptic flow: log sum |w dR/dw|, R the sum of the pre-logits.
 
-    In double precision, with the magnitudes of all parameters, one image of ones, and norms of any
-    kind left out, as they would undo the flow. NaN where it leaves double precision.
+    In double precision, with the magnitudes of all parameters, one image of ones, and batch norms
+    left out; layer norms stay, without which attention would square the flow at every layer. NaN
+    where it leaves double precision.
     """
     first = next(iter(inputs.few_batches()), None)
     if first is None:
         return math.nan
     shape = first[0].shape[1:]
-    with trainable_copy(inputs.network) as network, _WithoutNorms():
+    with trainable_copy(inputs.network) as network, _WithoutBatchNorms():
         network = network.cpu().double()
         with torch.no_grad():
             for tensor in network.parameters():
@@ -205,23 +206,12 @@ def synflow(inputs: ProxyInputs) -> float:
     return math.log(total) if 0 < total < math.inf else math.nan
 
 
-_NORMS = frozenset(
-    {
-        functional.batch_norm,
-        functional.layer_norm,
-        functional.group_norm,
-        functional.instance_norm,
-        functional.rms_norm,
-    }
-)
-
-
-class _WithoutNorms(TorchFunctionMode):
-    """Norms give back what they get, whether they are modules or functions."""
+class _WithoutBatchNorms(TorchFunctionMode):
+    """Batch norms give back what they get, whether they are modules or functions."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _NORMS:
+        if func is functional.batch_norm:
             return args[0] if args else (kwargs or {})["input"]
         return func(*args, **(kwargs or {}))

@@ -294,7 +294,7 @@ def test_jacov_is_the_score_of_the_jacobians_correlations(small, images):
     assert jacov(few(small, images)) == pytest.approx(np.mean(found), rel=1e-4)
 
 
-def test_synflow_is_the_log_of_the_flow_through_magnitudes_without_norms(small, images):
+def test_synflow_is_the_log_of_the_flow_through_magnitudes_without_batch_norms(small, images):
     conv, linear = small.conv, small.linear
     w, b = conv.weight.detach().abs().numpy(), conv.bias.detach().abs().numpy()
     v, d = linear.weight.detach().abs().numpy(), linear.bias.detach().abs().numpy()
