@@ -16,9 +16,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dery_cli.core import proxies
     from dery_cli.core.dissection.dissect import Dissection, dissect
     from dery_cli.core.partition.solve import Partition, PartitionProblem, partition
-    from dery_cli.core.proxies import catalogue as proxies
     from dery_cli.core.similarity.compare import similarity
     from dery_cli.core.stitching.fit import fit_stitch
     from dery_cli.core.stitching.network import AssembledNetwork, NetworkBuilder
@@ -62,7 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "proxies":
-        return importlib.import_module("dery_cli.core.proxies.catalogue")
+        return importlib.import_module("dery_cli.core.proxies")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'dery_cli' has no attribute '{name}'")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from dery_cli.core.proxies.inputs import ProxyInputs
     from dery_cli.core.similarity.metric import Metric
+    from dery_cli.core.training_free.inputs import ProxyInputs
     from dery_cli.types import ModelCard
 
 PLUGIN_API_VERSION = 1
@@ -225,7 +225,7 @@ def find_plugin(group: str, name: str, protocol: type[_Plugin], *, what: str = "
 
 
 def find_proxy(name: str) -> Proxy:
-    """Load a training-free proxy by name; see ``core.proxies.catalogue``.
+    """Load a training-free proxy by name; see ``core.proxies``.
 
     Raises:
         UsageError: No such proxy.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from dery_cli.core import proxies
 from dery_cli.core.dissection.dissect import dissect
 from dery_cli.core.numerics import double, seeded, solving_device
-from dery_cli.core.proxies import catalogue as proxies
 from dery_cli.core.scoring import top1
 from dery_cli.core.similarity.compare import CKA, LR, RBF_CKA, RIDGE, MetricOptions, similarity
 from dery_cli.core.similarity.features import embed_batches

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dery_cli.core.cost.flops import count_flops, count_params
-from dery_cli.core.proxies.inputs import ProxyInputs
 from dery_cli.core.stitching.network import AssembledNetwork
 from dery_cli.core.stitching.probe import Judgement
+from dery_cli.core.training_free.inputs import ProxyInputs
 from dery_cli.data.batches import ImageStore, as_dataset
 from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import ImageDataset

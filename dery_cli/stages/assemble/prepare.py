@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dery_cli.core.proxies.inputs import about
+from dery_cli.core.training_free.inputs import about
 from dery_cli.data.samples import Split, TargetSamples, choose_target, fingerprint
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.data.target import Target

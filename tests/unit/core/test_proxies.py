@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dery_cli.core import proxies
 from dery_cli.core.cost.flops import count_flops
-from dery_cli.core.proxies.catalogue import (
+from dery_cli.core.proxies import (
     PROXIES,
     ProxyInputs,
     about,
@@ -30,8 +31,8 @@ from dery_cli.core.proxies.catalogue import (
     synflow,
     zico,
 )
-from dery_cli.core.proxies.passes import fresh_head
 from dery_cli.core.stitching.probe import probe_accuracy
+from dery_cli.core.training_free.passes import fresh_head
 
 
 def inputs(network: nn.Module, x: torch.Tensor, labels=None, classes=None) -> ProxyInputs:
@@ -376,5 +377,5 @@ def test_entry_points_are_the_catalogue():
     root = Path(__file__).parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     named = project["entry-points"]["dery.proxies"]
-    homes = {name: f"{proxy.__module__}:{proxy.__name__}" for name, proxy in PROXIES.items()}
-    assert named == homes
+    assert named == {name: f"dery_cli.core.proxies:{name}" for name in PROXIES}
+    assert all(getattr(proxies, name) is proxy for name, proxy in PROXIES.items())

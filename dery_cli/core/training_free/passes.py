@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dery_cli.core.proxies.inputs import ProxyInputs
+from dery_cli.core.training_free.inputs import ProxyInputs
 
 HEAD_SEED = 0
 """Of the fresh head that a loss needs: the same for all networks of one width."""

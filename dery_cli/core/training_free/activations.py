@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dery_cli.core.numerics import double
-from dery_cli.core.proxies.inputs import ProxyInputs, stated
-from dery_cli.core.proxies.passes import trainable_copy
+from dery_cli.core.training_free.inputs import ProxyInputs, stated
+from dery_cli.core.training_free.passes import trainable_copy
 
 _ATEN = torch.ops.aten
 _ACTIVATIONS = frozenset(

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dery_cli.core.proxies.activations import jacov, naswot
-from dery_cli.core.proxies.gradients import fisher, grad_norm, snip, synflow, zico
-from dery_cli.core.proxies.inputs import About, ProxyInputs, about
-from dery_cli.core.proxies.plain import flops, params, probe
+from dery_cli.core.training_free.activations import jacov, naswot
+from dery_cli.core.training_free.gradients import fisher, grad_norm, snip, synflow, zico
+from dery_cli.core.training_free.inputs import About, ProxyInputs, about
+from dery_cli.core.training_free.plain import flops, params, probe
 
 __all__ = [
     "PROXIES",

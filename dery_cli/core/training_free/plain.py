@@ -7,9 +7,9 @@ import math
 import torch
 
 from dery_cli.core.cost.flops import count_flops, count_params
-from dery_cli.core.proxies.inputs import ProxyInputs, stated
 from dery_cli.core.scoring import network_outputs
 from dery_cli.core.stitching.probe import probe_accuracy
+from dery_cli.core.training_free.inputs import ProxyInputs, stated
 
 
 @stated(source="none needed", cost="none", reads_labels=False)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dery_cli.core.proxies.inputs import ProxyInputs, stated
-from dery_cli.core.proxies.passes import gradients, losses, trainable_copy, weights_of
+from dery_cli.core.training_free.inputs import ProxyInputs, stated
+from dery_cli.core.training_free.passes import gradients, losses, trainable_copy, weights_of
 
 _ABDELFATTAH = "as in Abdelfattah et al.: Zero-Cost Proxies for Lightweight NAS, ICLR 2021"
 
