@@ -45,6 +45,13 @@ class StitchKind(enum.StrEnum):
     PAPER = "paper"
 
 
+class StemKind(enum.StrEnum):
+    """What a network begins with; see ``core.stitching.stem``."""
+
+    DONOR = "donor"
+    PAPER = "paper"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputSpec:
     """What a donor expects of an image.

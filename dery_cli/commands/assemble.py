@@ -25,11 +25,13 @@ from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import budget_name, show_count, show_decimals, show_time
 from dery_cli.stages.assemble.config import (
+    DRAWS,
     GONE,
     SPACES,
     AssembleConfig,
     DonorFilter,
     parse_budgets,
+    preset_options,
     refuse_gone,
 )
 
@@ -133,14 +135,32 @@ def assemble(
         str,
         typer.Option("--name", help="Name of the assembly.", autocompletion=_completion.assemblies),
     ] = "default",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="paper: the paper's own procedure to compare with, --stem paper --stitch paper "
+            "--space paper --proxy naswot --draw random; what else is given stands.",
+        ),
+    ] = None,
     space: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--space",
+            show_default=AssembleConfig.space,
             help=f"Networks to choose from, {' or '.join(SPACES)}: every path through the donors, "
             "or one block a stage and an equivalence set of the partition.",
         ),
-    ] = AssembleConfig.space,
+    ] = None,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            "--draw",
+            show_default=AssembleConfig.draw,
+            help=f"Candidates of --space paper, {' or '.join(DRAWS)}: the best of its program, or "
+            "drawn at random within the budget, as many as --effort pays for.",
+        ),
+    ] = None,
     max_stitches: Annotated[
         int, typer.Option("--max-stitches", help="Stitches of a path, at most.")
     ] = AssembleConfig.max_stitches,
@@ -202,10 +222,20 @@ def assemble(
         typer.Option(
             "--proxy",
             help="Ranks built networks: probe (needs labels; the best are then tried on held-out "
-            "images, which decides), naswot, params (these decide alone).",
+            "images, which decides), or alone: naswot, jacov, synflow, params, flops, and with "
+            "labels grad_norm, snip, fisher, zico.",
             autocompletion=_completion.proxies,
         ),
     ] = None,
+    proxy_batches: Annotated[
+        int,
+        typer.Option(
+            "--proxy-batches", help="Batches of target images that a proxy looks at (not probe)."
+        ),
+    ] = AssembleConfig.proxy_batches,
+    proxy_batch_size: Annotated[
+        int, typer.Option("--proxy-batch-size", help="Images of each of these batches.")
+    ] = AssembleConfig.proxy_batch_size,
     candidates: Annotated[
         str | None, typer.Option("--candidates", "-n", hidden=True, help=GONE["candidates"])
     ] = None,
@@ -215,14 +245,25 @@ def assemble(
     joint_weight: Annotated[
         str | None, typer.Option("--joint-weight", hidden=True, help=GONE["joint-weight"])
     ] = None,
+    stem: Annotated[
+        str | None,
+        typer.Option(
+            "--stem",
+            show_default=AssembleConfig.stem,
+            help="What networks begin with: the first donor's own layers (donor), or the paper's "
+            "fresh 7x7 convolution, to train, in place of the first donor's first unit, which "
+            "holds its pretrained stem (paper; no whole donors then).",
+        ),
+    ] = None,
     stitch: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--stitch",
+            show_default=AssembleConfig.stitch,
             help="Layer between blocks of different donors: linear (1x1 convolution), mlp (two of "
             "them), or paper (batch norm, convolution, LeakyReLU with random weights, to train).",
         ),
-    ] = AssembleConfig.stitch,
+    ] = None,
     match: Annotated[
         bool,
         typer.Option(
@@ -281,7 +322,6 @@ def assemble(
         data=data,
         skip_bad=skip_bad,
         name=name,
-        space=space,
         max_stitches=max_stitches,
         blocks=blocks,
         start=start,
@@ -290,8 +330,8 @@ def assemble(
         exclude=tuple(piece for piece in left_out if "[" in piece),
         purpose=purpose,
         effort=effort,
-        proxy=proxy,
-        stitch=stitch,
+        proxy_batches=proxy_batches,
+        proxy_batch_size=proxy_batch_size,
         match=match,
         whole=whole,
         fit_samples=fit_samples,
@@ -301,6 +341,7 @@ def assemble(
         require_optimal=require_optimal,
         device=device,
         workers=workers,
+        **preset_options(preset, space=space, stem=stem, stitch=stitch, proxy=proxy, draw=draw),
     )
     folder = open_workspace(workspace)
     results: dict[str, Result] = {}
@@ -440,7 +481,9 @@ def _show_learning(terminal: Terminal, learning: Mapping[str, Any]) -> None:
 
 def _show_remarks(terminal: Terminal, found: Assembled) -> None:
     data, timing = found.record.data, found.latency
-    if data["program"]["optimal"]:
+    if data["program"]["solver"] == "not asked":
+        terminal.say(f"nothing was searched: {data['program']['agreement']}")
+    elif data["program"]["optimal"]:
         tried = data["held_out"] is not None
         terminal.say(
             "the program's optimum is proven; "
@@ -449,6 +492,11 @@ def _show_remarks(terminal: Terminal, found: Assembled) -> None:
         )
     else:
         terminal.warn("time ran out before the program's optimum was proven")
+    if data["builds"].get("without_score"):
+        terminal.warn(
+            f"{data['builds']['without_score']} of {data['builds']['scored']} networks have no "
+            f"score by {data['proxy']['name']} and rank last"
+        )
     if data["learning"] is not None:
         _show_learning(terminal, data["learning"])
     if data["network"]["classes"] is None:

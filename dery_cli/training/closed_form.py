@@ -21,7 +21,7 @@ from dery_cli.core.stitching.network import AssembledNetwork, BuiltNetwork, Netw
 from dery_cli.core.stitching.probe import HeldOut, Judgement, judge, stratified_folds
 from dery_cli.data.batches import ImageStore
 from dery_cli.data.target import Target
-from dery_cli.types import BlockRef, StitchKind
+from dery_cli.types import BlockRef, StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo
 
@@ -53,6 +53,7 @@ class FitOptions:
 
     Args:
         stitch: What stitches are made of.
+        stem: What networks begin with.
         match: Whether stitches are trained to give the last donor's pre-logits.
         seed: Of whatever is drawn.
     """
@@ -60,6 +61,7 @@ class FitOptions:
     stitch: StitchKind
     match: bool
     seed: int
+    stem: StemKind = StemKind.DONOR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class FittedBuilder:
             lambda name: self._view(name, fit=True),
             labels=target.fit_labels if with_labels else None,
             kind=options.stitch,
+            stem=options.stem,
             seed=options.seed,
         )
 

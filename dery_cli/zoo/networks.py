@@ -19,13 +19,14 @@ from torch import nn
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.numerics import seeded
 from dery_cli.core.stitching.fit import StitchFit
-from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
+from dery_cli.core.stitching.network import AssembledNetwork, after_stem, ending_pool, head_inputs
+from dery_cli.core.stitching.stem import Stem
 from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io.artifacts import open_artifact
 from dery_cli.io.look import Opened
 from dery_cli.io.records import Artifact, Kind, library_versions
-from dery_cli.types import BlockRef, Donor, InputSpec, Node, StitchKind
+from dery_cli.types import BlockRef, Donor, InputSpec, Node, StemKind, StitchKind
 from dery_cli.zoo.found import find_record, made_by
 from dery_cli.zoo.registry import Zoo, build_model, dissect_donor, parse_spec, resolve
 from dery_cli.zoo.transforms import EvalTransform
@@ -43,6 +44,7 @@ def describe_network(
     classes: Sequence[str] | None,
     crop: float,
     sets: Sequence[int] | None,
+    stem: StemKind = StemKind.DONOR,
 ) -> dict[str, Any]:
     """All that is needed to build a network again, as JSON data.
 
@@ -53,6 +55,7 @@ def describe_network(
         classes: Class names of the head, None without a head.
         crop: Field of view of the preprocessing.
         sets: Equivalence set of each block, None for a whole model.
+        stem: What the network begins with.
     """
     blocks = []
     for position, ref in enumerate(refs):
@@ -89,7 +92,12 @@ def describe_network(
                 "position": fit.position,
             }
         )
+    fresh = {}
+    if stem is not StemKind.DONOR:
+        image, first = zoo[refs[0].donor].anatomy.nodes[:2]
+        fresh["stem"] = {"source": image.to_json(), "target": first.to_json()}
     return {
+        **fresh,
         "blocks": blocks,
         "joints": joints,
         "input": zoo[refs[0].donor].input.to_json(),
@@ -109,9 +117,7 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
     stitches: list[Stitch | None] = []
     with seeded(seed):
         for block, joint in zip(description["blocks"], description["joints"], strict=True):
-            dissection = fresh_donor(block)[1]
-            # a copy of its own: two blocks of one donor may share parameters
-            blocks.append(copy.deepcopy(dissection.block(block["start"], block["stop"])))
+            blocks.append(_fresh_block(block, behind_stem="stem" in description and not blocks))
             stitches.append(
                 None
                 if joint is None
@@ -122,11 +128,23 @@ def build_network(description: Mapping[str, Any], *, seed: int = 0) -> Assembled
                 )
             )
         end = Node.from_json(description["end"])
-        network = AssembledNetwork(blocks, stitches, pool=ending_pool(end))
+        stem = None
+        if "stem" in description:
+            ends = (description["stem"][key] for key in ("source", "target"))
+            stem = Stem(*map(Node.from_json, ends))
+        network = AssembledNetwork(blocks, stitches, pool=ending_pool(end), stem=stem)
         classes = description["classes"]
         if classes is not None:
             network.head = nn.Linear(head_inputs(end), len(classes))
     return network.eval()
+
+
+def _fresh_block(block: Mapping[str, Any], *, behind_stem: bool) -> nn.Module:
+    dissection = fresh_donor(block)[1]
+    if behind_stem:
+        return copy.deepcopy(after_stem(dissection, block["stop"]))
+    # a copy of its own: two blocks of one donor may share parameters
+    return copy.deepcopy(dissection.block(block["start"], block["stop"]))
 
 
 def fresh_donor(block: Mapping[str, Any]) -> tuple[nn.Module, Dissection]:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from dery_cli.core.proxies import ProxyInputs
     from dery_cli.core.similarity.metric import Metric
+    from dery_cli.core.training_free.inputs import ProxyInputs
     from dery_cli.types import ModelCard
 
 PLUGIN_API_VERSION = 1

@@ -195,7 +195,8 @@ NETWORK = both(
             "crop": CROP,
             "classes": optional(CLASSES),
             "end": NODE,
-        }
+        },
+        {"stem": fields({"source": NODE, "target": NODE})},
     ),
     _one_joint_a_block,
 )

@@ -64,7 +64,7 @@ def timm_config(network: Mapping[str, Any], *, name: str) -> dict[str, Any]:
             "std": list(spec["std"]),
             "num_classes": len(classes or ()),
             "pool_size": grid,
-            "first_conv": None if model.first_conv is None else f"blocks.0.{model.first_conv}",
+            "first_conv": model.first_conv,
             "classifier": "head",
             "license": " and ".join(licences),
         },

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dery_cli.core.dissection.block import Stretch, units_of
-from dery_cli.core.stitching.network import ending_pool, head_inputs
+from dery_cli.core.stitching.network import after_stem, ending_pool, head_inputs
+from dery_cli.core.stitching.stem import Stem
 from dery_cli.core.stitching.stitch import Stitch, split_tokens
 from dery_cli.errors import UsageError
 from dery_cli.types import Layout, Node, StitchKind
@@ -90,6 +91,10 @@ class TimmAssembly(nn.Module):
         self.pool = ending_pool(end)
         self.own_pool = "donor" if self.pool is None else "avg"
         self.grad_checkpointing = False
+        self.stem: Stem | None = None
+        if "stem" in network:
+            ends = (network["stem"][key] for key in ("source", "target"))
+            self.stem = Stem(*map(Node.from_json, ends))
         self.blocks = nn.ModuleList()
         self.stitches = nn.ModuleDict()
         self._no_decay: set[str] = set()
@@ -99,7 +104,9 @@ class TimmAssembly(nn.Module):
         if self.pool is None and len(self._legs) > 1 and _is_map(self._legs[-2].stretch.node):
             self._tail = self._legs.pop()
         self.in_chans = network["input"]["in_chans"]
-        self.first_conv = _first_conv(self.blocks[0], self.in_chans)
+        self.first_conv = _first_conv(
+            {"stem": self.stem} if self.stem else {"blocks.0": self.blocks[0]}, self.in_chans
+        )
         if in_chans is not None and in_chans != self.in_chans:
             self._set_in_chans(in_chans)
         self.output_node = self._legs[-1].stretch.node
@@ -122,8 +129,14 @@ class TimmAssembly(nn.Module):
     def _build(self, network: Mapping[str, Any]) -> None:
         for k, (block, joint) in enumerate(zip(network["blocks"], network["joints"], strict=True)):
             model, dissection = fresh_donor(block)
-            module = copy.deepcopy(dissection.block(block["start"], block["stop"]))
-            for i, stretch in enumerate(dissection.stretches(block["start"], block["stop"])):
+            start, stop = block["start"], block["stop"]
+            if k == 0 and self.stem is not None:
+                start = 1
+                module = copy.deepcopy(after_stem(dissection, stop))
+            else:
+                module = copy.deepcopy(dissection.block(start, stop))
+            stretches = dissection.stretches(start, stop) if start < stop else []
+            for i, stretch in enumerate(stretches):
                 self._legs.append(_Leg(k, stretch, i == 0))
             named = dict(module.named_parameters())
             plain: set[str] = getattr(model, "no_weight_decay", set)()
@@ -146,13 +159,13 @@ class TimmAssembly(nn.Module):
                 "assemble with another donor at the start: dery assemble --start DONOR",
             )
         parent, _, leaf = name.rpartition(".")
-        old = self.blocks[0].get_submodule(name)
+        old = self.get_submodule(name)
         assert isinstance(old, nn.Conv2d)
         new = copy.deepcopy(old)
         new.in_channels = in_chans
         new.weight = nn.Parameter(old.weight.new_empty(len(old.weight), in_chans, *old.kernel_size))
         new.reset_parameters()
-        setattr(self.blocks[0].get_submodule(parent), leaf, new)
+        setattr(self.get_submodule(parent), leaf, new)
         self.in_chans = in_chans
 
     def _find_levels(self, pyramid: bool) -> list[_Level]:
@@ -169,6 +182,9 @@ class TimmAssembly(nn.Module):
     def _place(self, leg: int) -> str:
         return f"blocks.{self._legs[leg].block}.{self._legs[leg].stretch.node.name}"
 
+    def _begin(self, x: Tensor) -> Tensor:
+        return x if self.stem is None else self.stem(x)
+
     def _run(self, leg: _Leg, x: Tensor) -> Tensor:
         if leg.first and str(leg.block) in self.stitches:
             x = self.stitches[str(leg.block)](x)
@@ -183,6 +199,7 @@ class TimmAssembly(nn.Module):
 
         Where the model has no map in front of its pooling it is the pre-logits vector (N, C).
         """
+        x = self._begin(x)
         for leg in self._legs:
             x = self._run(leg, x)
         return x
@@ -231,6 +248,7 @@ class TimmAssembly(nn.Module):
         wanted = {self.levels[i].leg for i in taken}
         legs = self._legs[: max(wanted) + 1] if stop_early else self._legs
         alive: dict[int, Tensor] = {}
+        x = self._begin(x)
         for i, leg in enumerate(legs):
             x = self._run(leg, x)
             if i in wanted:
@@ -334,6 +352,8 @@ class TimmAssembly(nn.Module):
             if name in order:
                 return order[name]
             parts = name.split(".")
+            if parts[0] == "stem":
+                return 0
             if parts[0] not in ("blocks", "stitches"):
                 return float("inf")
             inside = [g for n, g in order.items() if n.startswith(f"{name}.")]  # a module's name
@@ -365,11 +385,13 @@ def _is_map(node: Node) -> bool:
     return node.layout is not Layout.NC
 
 
-def _first_conv(block: nn.Module, in_chans: int) -> str | None:
+def _first_conv(parts: Mapping[str, nn.Module], in_chans: int) -> str | None:
     """The convolution that the image enters, by name."""
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels == in_chans:
-            return str(name)
+    for place, part in parts.items():
+        for name, module in part.named_modules():
+            conv = isinstance(module, nn.Conv2d) and module.groups == 1
+            if conv and module.in_channels == in_chans:
+                return f"{place}.{name}"
     return None
 
 

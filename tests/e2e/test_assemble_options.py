@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 
+import dery_cli
+from dery_cli.stages.assemble.config import preset_options
 from tests.e2e.conftest import DONORS, snapshot
 
 
@@ -106,3 +108,32 @@ def test_the_best_score_within_a_budget_never_falls_with_it(copied):
             scores.append(outcome.json["result"]["frontier"][0]["score"])
     assert scores == sorted(scores)
     assert len(scores) > 1
+
+
+def test_the_papers_own_procedure(copied, tmp_path):
+    outcome = copied("assemble", "--preset", "paper", "--effort", "2", "--seed", "1", "--json")
+    assert outcome.code == 0, outcome.stderr
+    result = outcome.json["result"]
+    assert result["proxy"]["name"] == "naswot"
+    assert result["program"]["agreement"] == "candidates were drawn at random"
+    assert {joint["stitch"] for joint in result["network"]["joints"] if joint} <= {"paper"}
+    assert result["network"]["stem"]["source"]["index"] == 0
+    assert all(not row["whole"] for row in result["comparison"])
+    assert result["builds"]["without_score"] == 0
+    network, _ = dery_cli.load_assembly(tmp_path / "ws" / "assemblies" / "default")
+    assert sum(p.numel() for p in network.parameters()) == result["params"]
+    assert "stem.layers.0.weight" in network.state_dict()
+    again = copied("assemble", "--preset", "paper", "--effort", "2", "--seed", "1", "--json")
+    assert "up to date" in again.stderr
+
+
+def test_what_is_given_stands_over_a_preset():
+    given = preset_options("paper", stem=None, proxy="params", space=None)
+    assert given == {
+        "stem": "paper",
+        "stitch": "paper",
+        "space": "paper",
+        "proxy": "params",
+        "draw": "random",
+    }
+    assert preset_options(None, stem="donor", proxy=None) == {"stem": "donor"}

@@ -28,8 +28,9 @@ from dery_cli.core.stitching.fit import (
     StitchRegression,
     reestimate_batch_norm,
 )
+from dery_cli.core.stitching.stem import Stem
 from dery_cli.core.stitching.stitch import Stitch, split_tokens
-from dery_cli.types import BlockRef, Layout, Node, StitchKind
+from dery_cli.types import BlockRef, Layout, Node, StemKind, StitchKind
 
 KEEP_BYTES = 4 << 30
 """Calibration tensors at joints are kept in memory up to this size, else computed anew."""
@@ -71,17 +72,24 @@ def head_inputs(node: Node) -> int:
     return node.num_chs * (1 + node.num_prefix_tokens)
 
 
+def after_stem(donor: Dissection, stop: int) -> nn.Module:
+    """What is left of a first block when a ``Stem`` takes its first unit's place."""
+    return donor.block(1, stop) if stop > 1 else nn.Identity()
+
+
 class AssembledNetwork(nn.Module):
     """K blocks, the stitches between them, and a linear head.
 
     Parameters keep the donors' names: ``blocks.<k>.<name in the donor>``, ``stitches.<k>.*`` for
-    the stitch in front of block k, ``head.*``. Without a head the output is the pre-logits vector.
+    the stitch in front of block k, ``stem.*`` for a fresh stem, ``head.*``. Without a head
+    the output is the pre-logits vector.
 
     Args:
         blocks: K block modules.
         stitches: Stitch in front of each block, None where blocks meet without one.
         head: Classifier on the pre-logits vector.
         pool: Makes that vector where the last block ends before its donor does.
+        stem: Fresh layers in front of the first block; None where the donor's own begin it.
     """
 
     def __init__(
@@ -90,8 +98,10 @@ class AssembledNetwork(nn.Module):
         stitches: Sequence[nn.Module | None],
         head: nn.Linear | None = None,
         pool: Pool | None = None,
+        stem: Stem | None = None,
     ) -> None:
         super().__init__()
+        self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         self.stitches = nn.ModuleDict(
             {str(k): stitch for k, stitch in enumerate(stitches) if stitch is not None}
@@ -115,11 +125,14 @@ class AssembledNetwork(nn.Module):
             ],
             copy.deepcopy(self.head),
             copy.deepcopy(self.pool),
+            copy.deepcopy(self.stem),
         )
         return again.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) to the pre-logits vector (N, C)."""
+        if self.stem is not None:
+            x = self.stem(x)
         for index, block in enumerate(self.blocks):
             if str(index) in self.stitches:
                 x = self.stitches[str(index)](x)
@@ -206,7 +219,8 @@ class NetworkBuilder:
             donor.
         labels: Their classes; None fits stitches without.
         kind: What stitches are made of.
-        seed: Of the random weights of ``paper`` stitches.
+        stem: What networks begin with.
+        seed: Of the random weights of ``paper`` stitches and stems.
         keep_bytes: Memory for calibration tensors at joints.
     """
 
@@ -217,6 +231,7 @@ class NetworkBuilder:
         *,
         labels: Sequence[int] | None = None,
         kind: StitchKind = StitchKind.LINEAR,
+        stem: StemKind = StemKind.DONOR,
         seed: int = 0,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
@@ -224,10 +239,12 @@ class NetworkBuilder:
         self._views = views
         self._labels = labels
         self._kind = kind
+        self._stem = stem
         self._seed = seed
         self._budget = MemoryBudget(keep_bytes)
         self._prefixes: dict[tuple[BlockRef, ...], _Prefix] = {}
         self._targets: dict[tuple[str, int], Batches] = {}
+        self._stems: dict[str, Stem] = {}
 
     def node(self, donor: str, index: int) -> Node:
         """A donor's node by index."""
@@ -236,12 +253,13 @@ class NetworkBuilder:
     def build(self, refs: Sequence[BlockRef]) -> BuiltNetwork:
         """The network of these blocks in a row, stitches fitted joint by joint, no head.
 
-        Unstitched prefixes keep their batch-norm statistics; every block after the first stitch
-        has its statistics re-estimated on what it now receives.
+        Unstitched prefixes keep their batch-norm statistics; every block after the first stitch,
+        or a fresh stem, has its statistics re-estimated on what it now receives.
         """
         prefix = self._prefix(tuple(refs))
         pool = ending_pool(self.node(refs[-1].donor, refs[-1].stop))
-        network = AssembledNetwork(prefix.blocks, prefix.stitches, pool=pool).eval()
+        stem = self._stems.get(refs[0].donor)
+        network = AssembledNetwork(prefix.blocks, prefix.stitches, pool=pool, stem=stem).eval()
         return BuiltNetwork(network, prefix.fits)
 
     def _prefix(self, refs: tuple[BlockRef, ...]) -> _Prefix:
@@ -249,14 +267,37 @@ class NetworkBuilder:
             return self._prefixes[refs]
         last = refs[-1]
         donor = self._donors[last.donor]
-        block = donor.block(last.start, last.stop).eval()
         if len(refs) == 1:
-            inputs: Batches = lambda: self._views(last.donor)  # noqa: E731
-            prefix = _Prefix((block,), (None,), (None,), replay(inputs, block, self._budget))
+            prefix = self._begin(last)
         else:
+            block = donor.block(last.start, last.stop).eval()
             prefix = self._extend(self._prefix(refs[:-1]), refs[-2], last, block)
         self._prefixes[refs] = prefix
         return prefix
+
+    def _begin(self, first: BlockRef) -> _Prefix:
+        """The first block, behind a fresh stem where that is asked for."""
+        donor = self._donors[first.donor]
+        inputs: Batches = lambda: self._views(first.donor)  # noqa: E731
+        block: nn.Module
+        if self._stem is StemKind.DONOR:
+            block = donor.block(first.start, first.stop).eval()
+        else:
+            inputs = replay(inputs, self._fresh_stem(first.donor), self._budget)
+            block = with_own_buffers(after_stem(donor, first.stop)).eval()
+            reestimate_batch_norm(block, inputs)
+        return _Prefix((block,), (None,), (None,), replay(inputs, block, self._budget))
+
+    def _fresh_stem(self, donor: str) -> Stem:
+        """Of this donor's networks, its batch norms those of the images."""
+        if donor not in self._stems:
+            device = next(iter(self._donors[donor].block(0, 1).parameters())).device
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed)
+                stem = Stem(self.node(donor, 0), self.node(donor, 1)).to(device).eval()
+            reestimate_batch_norm(stem, lambda: self._views(donor))
+            self._stems[donor] = stem
+        return self._stems[donor]
 
     def _extend(
         self, before: _Prefix, previous: BlockRef, last: BlockRef, block: nn.Module
@@ -272,7 +313,8 @@ class NetworkBuilder:
                 stitch = Stitch(source, target, self._kind).to(device).eval()
             fit = self._fit(stitch, before.outputs, last, block)
             inputs = replay(before.outputs, stitch, self._budget)
-        if stitch is not None or any(s is not None for s in before.stitches):
+        changed = [stitch, *before.stitches, *self._stems.values()]
+        if any(module is not None for module in changed):
             block = with_own_buffers(block)
             reestimate_batch_norm(block, inputs)
         return _Prefix(

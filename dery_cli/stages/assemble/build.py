@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dery_cli.core.cost.flops import count_flops, count_params
-from dery_cli.core.proxies import ProxyInputs
 from dery_cli.core.stitching.network import AssembledNetwork
 from dery_cli.core.stitching.probe import Judgement
+from dery_cli.core.training_free.inputs import ProxyInputs
 from dery_cli.data.batches import ImageStore, as_dataset
+from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import ImageDataset
 from dery_cli.data.target import Target
 from dery_cli.errors import DeryError
@@ -34,7 +35,7 @@ from dery_cli.training.closed_form import (
     try_out,
 )
 from dery_cli.training.evaluate import evaluate
-from dery_cli.types import StitchKind
+from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.plugin import Proxy
 from dery_cli.zoo.registry import Zoo
@@ -65,7 +66,10 @@ class Builder:
         self.zoo, self.donors, self.target, self.config = zoo, donors, target, config
         self._images = images
         self._options = FitOptions(
-            stitch=StitchKind(config.stitch), match=config.match, seed=config.seed
+            stitch=StitchKind(config.stitch),
+            stem=StemKind(config.stem),
+            match=config.match,
+            seed=config.seed,
         )
         # labels would flatter what is scored on the images that it was fitted on
         self._unlabelled: FittedBuilder | None = self._fitted_on(target, with_labels=False)
@@ -89,17 +93,27 @@ class Builder:
         network = built.network
         if candidate.reestimated:
             network = self._unlabelled.reestimated(network, candidate.refs)
-        batches = self.view(candidate.refs[0].donor)
-        value = proxy(
-            ProxyInputs(
-                network=network,
-                batches=lambda: iter(batches),
-                labels=self.target.labels,
-                num_classes=self.target.num_classes,
-            )
-        )
+        value = proxy(self.proxy_inputs(network, candidate.refs[0].donor))
         score = float(value) if math.isfinite(value) else -math.inf
         return Scored(candidate=candidate, proxy=score, fits=built.fits)
+
+    def proxy_inputs(self, network: AssembledNetwork, donor: str) -> ProxyInputs:
+        """All the target's images, and a few: as many of each class, in an order of the seed."""
+        target, config = self.target, self.config
+        labels = target.data.train.labels
+        count = config.proxy_batches * config.proxy_batch_size
+        few = choose_samples(target.indices, labels, count, config.seed)
+        batches, some = self.view(donor), self._images.view(self.zoo[donor].input, few)
+        return ProxyInputs(
+            network=network,
+            batches=lambda: iter(batches),
+            labels=target.labels,
+            num_classes=target.num_classes,
+            few=lambda: iter(some),
+            few_labels=None if labels is None else [int(labels[index]) for index in few],
+            num_batches=config.proxy_batches,
+            batch_size=config.proxy_batch_size,
+        )
 
     @property
     def can_try(self) -> bool:

@@ -21,7 +21,7 @@ from dery_cli.sizes import (
     split_limits,
     within,
 )
-from dery_cli.types import Donor, StitchKind
+from dery_cli.types import Donor, StemKind, StitchKind
 from dery_cli.zoo.plugin import PROXY_GROUP, plugin_names
 
 
@@ -158,6 +158,33 @@ PURPOSES = ("finetuned", "untrained")
 SPACES = ("free", "paper")
 """Every path through the donors, or one block a stage and a set of the partition."""
 
+DRAWS = ("best", "random")
+"""Candidates of the paper's space: the best of its program, or drawn within the budget."""
+
+PRESETS = {
+    "paper": {
+        "stem": "paper",
+        "stitch": "paper",
+        "space": "paper",
+        "proxy": "naswot",
+        "draw": "random",
+    }
+}
+"""Options that go together, by what they are together; one that is given stands."""
+
+
+def preset_options(preset: str | None, **given: str | None) -> dict[str, str]:
+    """The options of a preset, under those that are given; neither names what has its default.
+
+    Raises:
+        UsageError: There is no such preset.
+    """
+    if preset is not None:
+        check_one_of("--preset", preset, tuple(PRESETS))
+    named = {name: value for name, value in given.items() if value is not None}
+    return {**PRESETS.get(preset or "", {}), **named}
+
+
 GONE = {
     "candidates": "--effort says how much is built",
     "finalists": "--effort says how much is tried",
@@ -189,6 +216,10 @@ class AssembleConfig:
         exclude: Pieces that it has not, ``a[0:4]``; whole donors are in ``donors``.
         purpose: One of ``PURPOSES``; ``untrained`` fits what is delivered on all training images.
         effort: Work of building and trying, in passes of all donors over the target's images.
+        stem: What networks begin with.
+        draw: One of ``DRAWS``.
+        proxy_batches: Of the few images that all proxies but the probe look at.
+        proxy_batch_size: Likewise.
         require_optimal: Fail where the program's optimum is not proven in ``max_seconds``.
     """
 
@@ -210,7 +241,11 @@ class AssembleConfig:
     skip_bad: bool = False
     name: str = "default"
     proxy: str | None = None
+    proxy_batches: int = 5
+    proxy_batch_size: int = 32
     stitch: str = "linear"
+    stem: str = "donor"
+    draw: str = "best"
     match: bool = False
     whole: bool = True
     fit_samples: int = 512
@@ -237,11 +272,31 @@ class AssembleConfig:
         check_at_least("--latency-batch", self.latency_batch)
         check_at_least("--memory-batch", self.memory_batch)
         check_one_of("--stitch", self.stitch, tuple(StitchKind))
+        check_one_of("--stem", self.stem, tuple(StemKind))
+        check_one_of("--draw", self.draw, DRAWS)
+        self._check_paper()
         if self.proxy is not None:
             check_one_of("--proxy", self.proxy, tuple(plugin_names(PROXY_GROUP)))
+        check_at_least("--proxy-batches", self.proxy_batches)
+        check_at_least("--proxy-batch-size", self.proxy_batch_size, 2)
         if self.max_seconds is not None:
             check_above("--max-seconds", self.max_seconds)
         check_seed(self.seed)
+
+    def _check_paper(self) -> None:
+        if self.draw == "random" and self.space != "paper":
+            raise UsageError(
+                "--draw random draws candidates of the paper's space alone", "--space paper"
+            )
+        for option, limit in (
+            ("--max-latency", self.budget.max_latency),
+            ("--max-memory", self.budget.max_memory),
+        ):
+            if self.stem != StemKind.DONOR and limit is not None:
+                raise UsageError(
+                    f"{option} does not know the fresh stem of --stem {self.stem}",
+                    f"leave out {option}, or --stem",
+                )
 
     def _check_pins(self) -> None:
         pins = {
@@ -285,7 +340,11 @@ class AssembleConfig:
             "data": self.data,
             "skip_bad": self.skip_bad,
             "proxy": self.proxy,
+            "proxy_batches": self.proxy_batches,
+            "proxy_batch_size": self.proxy_batch_size,
             "stitch": self.stitch,
+            "stem": self.stem,
+            "draw": self.draw,
             "match": self.match,
             "whole": self.whole,
             "fit_samples": self.fit_samples,

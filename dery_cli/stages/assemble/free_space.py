@@ -230,7 +230,7 @@ class PathSearch:
     def _state(self, scores: PathScores | None) -> tuple[FreeSpace, PathProblem]:
         setting, config = self.setting, self.setting.config
         free = build_space(
-            setting.zoo,
+            setting.costed,
             max_stitches=config.max_stitches,
             kind=setting.stitch,
             num_classes=setting.num_classes,

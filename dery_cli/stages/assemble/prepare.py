@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dery_cli.core.training_free.inputs import about
 from dery_cli.data.samples import Split, TargetSamples, choose_target, fingerprint
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.data.target import Target
@@ -18,6 +19,7 @@ from dery_cli.stages.assemble.setting import Setting
 from dery_cli.stages.assemble.store import ASSEMBLY, LATENCY
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
 from dery_cli.stages.partition.store import StoredPartition, require_partition
+from dery_cli.zoo.plugin import find_proxy
 from dery_cli.zoo.registry import require_zoo
 
 
@@ -51,9 +53,9 @@ def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job
     partition = _partition(terminal, space, embeddings, config)
     target, split = _target(terminal, embeddings, config)
     proxy = config.proxy or ("naswot" if target.labels is None else "probe")
-    if proxy == "probe" and target.labels is None:
+    if target.labels is None and reads_labels(proxy):
         raise UsageError(
-            f"--proxy probe needs labels, which {target.data.spec} has not",
+            f"--proxy {proxy} needs labels, which {target.data.spec} has not",
             "--data with class folders, or --proxy naswot",
         )
     parents = {
@@ -80,6 +82,12 @@ def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job
     if config.budget.max_memory is not None:
         setting.use_memory()
     return job
+
+
+def reads_labels(proxy: str) -> bool:
+    """Whether a proxy says that it needs labels; one of another package need not say."""
+    stated = about(find_proxy(proxy))
+    return stated is not None and stated.reads_labels
 
 
 def _partition(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -230,7 +231,11 @@ def _build_assembly(job: Job) -> Artifact:
         "proxy": {"name": job.proxy, "score": rows[0]["proxy"]},
         "held_out": best.held_out,
         "program": {**chosen.proof, "score": best.candidate.program_score},
-        "builds": {"scored": len(choice.scored), "tried": choice.tried},
+        "builds": {
+            "scored": len(choice.scored),
+            "tried": choice.tried,
+            "without_score": sum(not math.isfinite(entry.proxy) for entry in choice.scored),
+        },
         "learning": None if lesson is None else lesson.to_json(config.seed),
         "licenses": licences(setting.zoo, best.candidate.refs),
         "comparison": rows,
@@ -386,6 +391,7 @@ def _describe(setting: Setting, best: Scored, built: CompleteNetwork) -> dict[st
             classes=target.data.classes,
             crop=target.crop,
             sets=chosen.sets,
+            stem=setting.stem,
         ),
         "name": str(chosen),
         "whole": chosen.whole,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dery_cli.core.assembly.problem import Assembly, AssemblyProblem
 from dery_cli.core.assembly.search import SearchResult, n_best
 from dery_cli.core.assembly.solve import cross_check, solve
+from dery_cli.core.stitching.stem import with_fresh_stem
 from dery_cli.data.batches import ImageStore
 from dery_cli.data.samples import Split
 from dery_cli.data.target import Target
@@ -17,7 +20,7 @@ from dery_cli.stages.assemble.candidates import Candidate, Proof
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import LatencyTable, MemoryTable, measure_latency
 from dery_cli.stages.embed.store import Embeddings
-from dery_cli.types import BlockRef, StitchKind
+from dery_cli.types import BlockRef, StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo
 from dery_cli.zoo.whole import network_cost, whole_block
@@ -60,10 +63,20 @@ class Setting:
             device=target.device,
             workers=target.workers,
         )
-        self.stitch = StitchKind(config.stitch)
+        self.stitch, self.stem = StitchKind(config.stitch), StemKind(config.stem)
         self.builder = Builder(self.zoo, self.donors, self.images, target, config)
         self.latency: LatencyTable | None = None
         self.memory: MemoryTable | None = None
+
+    @functools.cached_property
+    def costed(self) -> Zoo:
+        """The donors with the costs that they have in a network: a fresh stem has its own."""
+        if self.stem is StemKind.DONOR:
+            return self.zoo
+        return Zoo(
+            dataclasses.replace(donor, anatomy=with_fresh_stem(donor.anatomy))
+            for donor in self.zoo.donors.values()
+        )
 
     def measured_latency(self, advance: Callable[[], None]) -> LatencyTable:
         """Latencies of all parts, measured now; ``latency`` has to be set to count."""
@@ -92,12 +105,16 @@ class Setting:
         return self.target.num_classes
 
     def is_whole(self, refs: Sequence[BlockRef]) -> bool:
-        """Whether a path is a donor as it is."""
-        return len(refs) == 1 and refs[0] == whole_block(self.zoo, refs[0].donor)
+        """Whether a path is a donor as it is; with a fresh stem none is."""
+        return (
+            self.stem is StemKind.DONOR
+            and len(refs) == 1
+            and refs[0] == whole_block(self.zoo, refs[0].donor)
+        )
 
     def priced(self, refs: Sequence[BlockRef], *, reestimated: bool = False) -> Candidate:
         """A network that no program gave, with what it costs."""
-        cost = network_cost(self.zoo, refs, self.num_classes, self.stitch)
+        cost = network_cost(self.costed, refs, self.num_classes, self.stitch)
         latency, memory = self.latency, self.memory
         return Candidate(
             refs=tuple(refs),
@@ -121,11 +138,13 @@ class Setting:
         )
 
     def allowed_wholes(self) -> list[Candidate]:
-        """Whole donors that no option leaves out, whatever their size."""
+        """Whole donors that no option leaves out, whatever their size; none with a fresh stem."""
         return [
             self.priced((whole_block(self.zoo, name),))
             for name, donor in self.zoo.donors.items()
-            if self.config.whole and not self.config.donors.reasons(donor)
+            if self.config.whole
+            and self.stem is StemKind.DONOR
+            and not self.config.donors.reasons(donor)
         ]
 
     def whole_candidates(self) -> list[Candidate]:

@@ -92,7 +92,7 @@ ASSEMBLY = dataclasses.replace(
                     "score": SCORE,
                 }
             ),
-            "builds": fields({"scored": COUNT, "tried": COUNT}),
+            "builds": fields({"scored": COUNT, "tried": COUNT}, {"without_score": COUNT}),
             "learning": optional(_LEARNING),
             "licenses": mapping(list_of(plain_name, least=1)),
             "comparison": list_of(

@@ -23,7 +23,7 @@ from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.finetune.start import Start
 from dery_cli.training.closed_form import FitOptions, FittedBuilder, Recipe
-from dery_cli.types import BlockRef, StitchKind
+from dery_cli.types import BlockRef, StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.registry import Zoo, require_zoo
 
@@ -94,7 +94,10 @@ class Rebuilder:
             fit_indices=choose_samples(chosen, labels, options["fit_samples"], self._seed),
         )
         fit = FitOptions(
-            stitch=StitchKind(options["stitch"]), match=options["match"], seed=self._seed
+            stitch=StitchKind(options["stitch"]),
+            match=options["match"],
+            seed=self._seed,
+            stem=StemKind(options.get("stem", StemKind.DONOR)),
         )
         builder = FittedBuilder(
             self._zoo, self._donors, self._images, target, fit, with_labels=True

@@ -12,7 +12,7 @@ import torch
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.io.records import Artifact
-from dery_cli.types import BlockRef, Donor, StitchKind
+from dery_cli.types import BlockRef, Donor, StemKind, StitchKind
 from dery_cli.zoo import networks
 from dery_cli.zoo.networks import LoadedAssembly, build_network, describe_network, loaded
 from dery_cli.zoo.registry import Zoo, prepare_donor
@@ -23,8 +23,10 @@ NETWORKS = {
     "cut": (("mobilenetv3", 0, 4), ("resnet", 5, 7)),
     "vit": (("vit_avg", 0, 6),),
     "swin": (("swin", 0, 9),),
+    "fresh": (("resnet", 0, 1), ("mobilenetv3", 2, 5)),
 }
-"""Blocks by donor: a stitch into tokens, one that ends before its donor does, whole donors."""
+"""Blocks by donor: a stitch into tokens, one that ends before its donor does, whole donors, and one
+behind the paper's fresh stem, which leaves nothing of its first block."""
 SHA = "0" * 64
 
 
@@ -59,6 +61,7 @@ def description(name: str) -> dict[str, object]:
         classes=["one", "two", "three"],
         crop=0.95,
         sets=None,
+        stem=StemKind.PAPER if name == "fresh" else StemKind.DONOR,
     )
 
 

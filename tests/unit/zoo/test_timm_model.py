@@ -16,6 +16,7 @@ from dery_cli.errors import UsageError
 from dery_cli.zoo.timm_folder import write_timm_folder
 from tests.unit.zoo.assemblies import NETWORKS, assembly, description, dissected_once
 
+CUT = ("cut", "mixed", "fresh")
 WHOLE = ("swin", "vit")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -34,7 +35,7 @@ def folders(tmp_path_factory):
     return base
 
 
-@pytest.fixture(params=["cut", "mixed", *(pytest.param(n, marks=pytest.mark.slow) for n in WHOLE)])
+@pytest.fixture(params=[*CUT, *(pytest.param(n, marks=pytest.mark.slow) for n in WHOLE)])
 def place(request, folders):
     return f"local-dir:{folders / request.param}"
 
