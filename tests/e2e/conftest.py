@@ -20,7 +20,7 @@ DONORS = ("mobilenetv3", "resnext", "vit_cls", "swin")
 TRAIN, TEST = 10, 6
 """Images of a class."""
 STAGES = {
-    "embed": "embed --data DATA",
+    "embed": "embed --data DATA --batch-size 100",
     "sim": "sim",
     "partition": "partition -K 3 --eps 0.5 --restarts 20",
     "assemble": "assemble --max-params 700k --effort 2",

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -182,7 +183,7 @@ def test_what_is_tried_is_shown(copied):
     assert "rates tried for " in shown
     assert "images held out of the fit, in folds; the start tells 0." in shown
     assert "rate blocks updates images top-1 gain +-" in shown
-    assert "3.0e-03 x 1 6 5" in shown  # 53 or 54 images are in a fold
+    assert re.search(r"3\.0e-03 x 1 6 \d\d 0\.", shown)
 
 
 def test_a_rate_that_is_given_is_not_searched_for(copied):
@@ -226,7 +227,9 @@ def test_the_best_teacher_is_found_on_the_images_that_are_trained_on(copied, pip
     assert "the run 'taught' is up to date" in again.stdout
     assert "comparing" not in again.stderr
     assert "teacher" in record(tmp_path / "ws", "taught")["parents"]
-    assert copied("zoo", "remove", "demo__vit_cls").code == 0
+    used = {block["donor"] for block in pipeline.results["assemble"]["network"]["blocks"]}
+    other = next(name for name in hashes if name not in {*used, told["name"]})
+    assert copied("zoo", "remove", other).code == 0
     again = copied("finetune", *line.split())
     assert "comparing teachers" in again.stderr
     assert f"teacher: {told['name']}, the best of {len(DONORS) - 1} donors" in again.stdout

@@ -22,7 +22,7 @@ from dery_cli.core.assembly.notation import needs_stitch
 from dery_cli.core.assembly.paths import Space
 from dery_cli.core.assembly.problem import IntArray, Resource, peak_resources
 from dery_cli.core.cost.latency import interleaved_medians
-from dery_cli.core.cost.memory import activation_peak, peak_on_meta, weight_bytes
+from dery_cli.core.cost.memory import Memo, activation_peak, peak_on_meta, weight_bytes
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.stitching.network import (
     AssembledNetwork,
@@ -339,6 +339,7 @@ class MemoryTable:
         self._zoo, self._donors, self._kind = zoo, donors, kind
         self._batch_size, self._num_classes = batch_size, num_classes
         self._twins: dict[str, Dissection] = {}
+        self._memo: Memo = {}
         self._blocks: dict[tuple[str, int, int, bool], tuple[int, int]] = {}
         self._stitches: dict[object, int] = {}
 
@@ -356,7 +357,7 @@ class MemoryTable:
             self._twins[ref.donor] = donor.on_meta()
         with contextlib.suppress(Exception), torch.device("meta"):
             twin = self._module(self._twins[ref.donor], ref, last)
-            return weight_bytes(twin), peak_on_meta(twin, shape, self._batch_size)
+            return weight_bytes(twin), peak_on_meta(twin, shape, self._batch_size, self._memo)
         module = self._module(donor, ref, last)
         return weight_bytes(module), activation_peak(module, shape, self._batch_size)
 
