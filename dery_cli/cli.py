@@ -21,6 +21,7 @@ from dery_cli.commands.evaluate import evaluate
 from dery_cli.commands.export import export
 from dery_cli.commands.finetune import finetune
 from dery_cli.commands.init import init
+from dery_cli.commands.latency import latency_app
 from dery_cli.commands.partition import partition
 from dery_cli.commands.predict import predict
 from dery_cli.commands.push import push
@@ -53,6 +54,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(latency_app, name="latency")
 app.command("embed")(embed)
 app.command("sim")(sim)
 app.command("partition")(partition)
@@ -193,6 +195,6 @@ def _command_name(args: Sequence[str]) -> str:
         if arg.startswith("-"):
             break
         words.append(arg)
-        if words[0] != "zoo" or len(words) == 2:
+        if words[0] not in {"zoo", "latency"} or len(words) == 2:
             break
     return " ".join(words)

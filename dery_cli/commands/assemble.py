@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -68,6 +69,15 @@ def assemble(
             metavar="TIME",
             help="At most so long a batch, on this device: 8ms, 800us, 0.5s. Blocks and stitches "
             "are timed once and the times kept.",
+        ),
+    ] = None,
+    latency_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency-from",
+            metavar="FILE",
+            help="Times that another machine measured, for --max-latency: the latency.json of dery "
+            "latency pack.",
         ),
     ] = None,
     latency_batch: Annotated[
@@ -318,6 +328,7 @@ def assemble(
         ),
         max_donors=max_donors,
         latency_batch=latency_batch,
+        latency_from=latency_from,
         memory_batch=memory_batch,
         data=data,
         skip_bad=skip_bad,
@@ -506,6 +517,11 @@ def _show_remarks(terminal: Terminal, found: Assembled) -> None:
         terminal.say(
             f"matching the last donor's features took their R2 on held-out images from {before} to "
             f"{after}{'' if data['match']['kept'] else ': the stitches were left as they were'}"
+        )
+    if timing is None and data["latency_ns"] is not None:
+        terminal.say(
+            f"its parts sum to {show_time(data['latency_ns'])} where they were measured; to "
+            "measure it whole there: dery latency pack DIR --network NAME"
         )
     if timing is not None:
         terminal.say(

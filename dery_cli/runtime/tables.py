@@ -68,7 +68,7 @@ def fold(text: str, width: int) -> list[str]:
         if lines and cell_len(joined) <= width:
             lines[-1] = joined
         else:
-            lines += chop_cells(word, width) or [""]
+            lines += chop_cells(word, max(width, 1)) or [""]
     return lines
 
 

@@ -15,7 +15,7 @@ from dery_cli.core.stitching.head import fit_head
 from dery_cli.core.stitching.network import AssembledNetwork, ending_pool, head_inputs
 from dery_cli.core.stitching.stitch import StitchCost, stitch_cost
 from dery_cli.io.artifacts import Workspace
-from dery_cli.types import BlockRef, Donor, StitchKind
+from dery_cli.types import BlockRef, Donor, Node, StitchKind
 from dery_cli.zoo.registry import Zoo, load_donor
 
 
@@ -29,6 +29,11 @@ def head_cost(num_chs: int, num_classes: int | None) -> StitchCost:
 def whole_block(zoo: Zoo, donor: str) -> BlockRef:
     """A whole donor as one block."""
     return BlockRef(donor, 0, zoo[donor].anatomy.num_units)
+
+
+def zoo_nodes(zoo: Zoo) -> list[Node]:
+    """The nodes of all donors, one donor after another."""
+    return [node for name in zoo.names() for node in zoo[name].anatomy.nodes]
 
 
 def network_cost(

@@ -90,6 +90,7 @@ def test_a_latency_budget(copied, tmp_path):
     assert outcome.json["result"]["frontier"]
 
 
+@pytest.mark.slow
 def test_a_latency_budget_holds_for_all_that_is_built(copied, tmp_path):
     assert copied("assemble", "--pareto", "--max-latency", "2s").code == 0
     units = json.loads((tmp_path / "ws" / "latency.json").read_text())["data"]["units"]

@@ -229,6 +229,7 @@ def test_a_launcher_that_starts_one_process_only_is_pointed_out(made, monkeypatc
 # interruptions
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_with_the_donor_it_was_in(bare, made, dery, tmp_path):
     script = (
         "import os, signal, sys\n"

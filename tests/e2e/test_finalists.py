@@ -98,12 +98,14 @@ def test_held_out_accuracy_is_that_of_networks_made_on_the_rest(pipeline, role):
     assert found["held_out"] == pytest.approx(judge(parts, labels, 10).accuracy, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_few_images_hold_nothing_out(copied):
     outcome = copied(*ASSEMBLE, "--target-samples", "39")
     assert outcome.code == 0, outcome.stderr
     assert outcome.json["result"]["held_out"] is None
 
 
+@pytest.mark.slow
 def test_what_the_proxy_cannot_score_comes_last(copied, tmp_path, monkeypatch, no_finalists):
     values = itertools.cycle([float("nan"), 0.5, -float("inf"), 1.0])
     monkeypatch.setattr(assemble_stage, "find_proxy", lambda name: lambda inputs: next(values))

@@ -235,6 +235,7 @@ def test_the_best_teacher_is_found_on_the_images_that_are_trained_on(copied, pip
     assert f"teacher: {told['name']}, the best of {len(DONORS) - 1} donors" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
     base = "--steps 3 --effort 0 --report-every 3"
     alone = tune(copied, f"{base} --name alone")["result"]
@@ -249,6 +250,7 @@ def test_a_donor_and_a_network_of_the_workspace_teach(copied, tmp_path):
         assert taught["test_loss"] != alone["test_loss"]
 
 
+@pytest.mark.slow
 def test_a_teacher_is_part_of_what_is_resumed(copied):
     line = "--steps 2 --effort 0 --name taught --distill-logits 0.3"
     tune(copied, f"{line} --teacher demo__mobilenetv3")
@@ -393,6 +395,7 @@ def test_a_damaged_checkpoint_is_begun_anew_without_resume(copied, tmp_path, sto
     assert (stopped / "run.json").read_bytes() == (whole / "run.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_other_options_do_not_resume(copied, stopped):
     error = refused(copied, f"{RUN} --name parts --resume --lr 0.1", 2)
     assert "was trained with lr 0.003, now 0.1" in error["message"]

@@ -28,6 +28,7 @@ def folder(tmp_path, monkeypatch):
     return place
 
 
+@pytest.mark.slow
 def test_all_stages(folder, tmp_path):
     def dery(line, cwd=tmp_path):
         return run_dery(*line.split(), "--workspace", str(tmp_path / "ws"), "--json", cwd=cwd)

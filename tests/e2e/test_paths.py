@@ -109,6 +109,7 @@ def test_a_dry_run_counts_and_writes_nothing(copied, tmp_path):
     assert snapshot(tmp_path / "ws") == before
 
 
+@pytest.mark.slow
 def test_several_budgets_share_what_is_built(copied, tmp_path):
     outcome = copied("assemble", "--max-params", "500k,600k", "--name", "two", *FIT, *FEW)
     assert outcome.code == 0, outcome.stderr
@@ -128,6 +129,7 @@ def test_several_budgets_share_what_is_built(copied, tmp_path):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.slow
 def test_a_killed_assemble_goes_on_with_its_builds_to_the_same_bytes(pipeline, tmp_path):
     line = ["assemble", "--max-params", "600k", "--effort", "3", *FIT, "--name", "cut"]
     roots = [tmp_path / name for name in ("one", "other")]

@@ -56,6 +56,7 @@ def states(outcome) -> list[str]:
     return [step["state"] for step in outcome.json["result"]["steps"]]
 
 
+@pytest.mark.slow
 def test_the_same_recipe_does_nothing_and_a_changed_line_what_depends_on_it(recipe, pipeline):
     assert "steps 8" in STAGES["finetune"]  # the recipe below says the same as the pipeline's lines
     first = recipe()

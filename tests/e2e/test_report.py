@@ -139,6 +139,7 @@ def test_a_damaged_note_of_why_is_no_note(copied, tmp_path):
         assert "The last try" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_names_from_elsewhere_are_shown_and_not_run(copied, pipeline, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pipeline.data, data)

@@ -190,6 +190,7 @@ def test_a_class_of_broken_images_only(bad, made, tmp_path):
     assert "no image of the class 'bee'" in outcome.json["error"]["message"]
 
 
+@pytest.mark.slow
 def test_two_processes_leave_out_the_same(made, tmp_path):
     shutil.copytree(made[0] / "bad" / "ws", tmp_path / "ws")
     shutil.rmtree(tmp_path / "ws" / "embeddings")

@@ -59,6 +59,7 @@ def test_an_unknown_kind_is_refused_with_the_kinds(copied):
     assert "linear, mlp, paper" in outcome.json["error"]["hint"]
 
 
+@pytest.mark.slow
 def test_matching_and_another_target_change_the_stitches_alone(copied, tmp_path):
     """The zoo was embedded with digits; clothes are another target, with other stitches."""
     folder = tmp_path / "ws" / "assemblies"

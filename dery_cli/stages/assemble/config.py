@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from dery_cli.errors import UsageError
@@ -216,6 +217,7 @@ class AssembleConfig:
         exclude: Pieces that it has not, ``a[0:4]``; whole donors are in ``donors``.
         purpose: One of ``PURPOSES``; ``untrained`` fits what is delivered on all training images.
         effort: Work of building and trying, in passes of all donors over the target's images.
+        latency_from: File of times that another machine measured; None measures here.
         stem: What networks begin with.
         draw: One of ``DRAWS``.
         proxy_batches: Of the few images that all proxies but the probe look at.
@@ -236,6 +238,7 @@ class AssembleConfig:
     purpose: str = "finetuned"
     effort: float = 8.0
     latency_batch: int = 1
+    latency_from: Path | None = None
     memory_batch: int = 1
     data: str | None = None
     skip_bad: bool = False
@@ -271,6 +274,8 @@ class AssembleConfig:
             check_at_least("--image-size", self.donors.image_size)
         check_at_least("--latency-batch", self.latency_batch)
         check_at_least("--memory-batch", self.memory_batch)
+        if self.latency_from is not None and self.budget.max_latency is None:
+            raise UsageError("--latency-from is for a limit of latency", "--max-latency 8ms")
         check_one_of("--stitch", self.stitch, tuple(StitchKind))
         check_one_of("--stem", self.stem, tuple(StemKind))
         check_one_of("--draw", self.draw, DRAWS)
@@ -336,6 +341,7 @@ class AssembleConfig:
             "for": self.purpose,
             "effort": self.effort,
             "latency_batch": self.latency_batch,
+            "latency_from": self.latency_from is not None,
             "memory_batch": self.memory_batch,
             "data": self.data,
             "skip_bad": self.skip_bad,

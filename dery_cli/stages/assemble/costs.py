@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from dery_cli.core.assembly.notation import needs_stitch
 from dery_cli.core.assembly.paths import Space
 from dery_cli.core.assembly.problem import IntArray, Resource, peak_resources
-from dery_cli.core.cost.latency import interleaved_medians
+from dery_cli.core.cost.latency import (
+    all_stitches,
+    interleaved_medians,
+    shapes_of,
+    timed_pairs,
+)
 from dery_cli.core.cost.memory import Memo, activation_peak, peak_on_meta, weight_bytes
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.stitching.network import (
@@ -30,41 +35,18 @@ from dery_cli.core.stitching.network import (
     ending_pool,
     head_inputs,
 )
-from dery_cli.core.stitching.stitch import Stitch, stitch_cost
+from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.stages.assemble.config import Budget
+from dery_cli.stages.latency.store import Times, stitch_key
 from dery_cli.types import BlockRef, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
+from dery_cli.zoo.whole import zoo_nodes
 
 REPEATS = 15
 """Rounds that a latency is the median of."""
 
 WARMUP = 3
 """Rounds before these."""
-
-MOST_TIMED = 256
-"""Stitches of so many pairs of shapes are timed; for others a line through these stands."""
-
-
-def shapes_of(nodes: Sequence[Node]) -> tuple[IntArray, list[Node]]:
-    """The number of each node's shape, and one node of every shape.
-
-    Stitches between nodes of the same shapes do the same work.
-    """
-    numbers: dict[object, int] = {}
-    examples: list[Node] = []
-    shape_V = np.zeros(len(nodes), dtype=np.int64)
-    for place, node in enumerate(nodes):
-        key = (node.layout, node.shape, node.grid, node.num_prefix_tokens)
-        if key not in numbers:
-            numbers[key] = len(examples)
-            examples.append(node)
-        shape_V[place] = numbers[key]
-    return shape_V, examples
-
-
-def zoo_nodes(zoo: Zoo) -> list[Node]:
-    """The nodes of all donors, one donor after another."""
-    return [node for name in zoo.names() for node in zoo[name].anatomy.nodes]
 
 
 class LatencyTable:
@@ -238,7 +220,7 @@ def measure_latency(
     for inputs in sorted(widths):
         assert num_classes is not None
         calls["head", inputs] = _call(nn.Linear(inputs, num_classes).to(device), random((inputs,)))
-    pairs = _timed_pairs(examples, kind)
+    pairs = timed_pairs(examples, kind)
     inputs_S = [random(node.shape) for node in examples]
     for a, b in pairs:
         stitch = Stitch(examples[a], examples[b], kind).eval().to(device)
@@ -248,55 +230,41 @@ def measure_latency(
             calls, repeats=REPEATS, warmup=WARMUP, synchronise=_waiter(device), advance=advance
         )
     timed = {pair: found["stitch", *pair] for pair in pairs}
-    stitches, error = _all_stitches(examples, timed, kind)
-    return LatencyTable(
-        zoo,
-        num_classes,
-        {
-            name: [found["unit", name, unit] for unit in range(zoo[name].anatomy.num_units)]
-            for name in zoo.names()
-        },
-        {inputs: found["head", inputs] for inputs in widths},
-        stitches,
-        error,
-    )
+    units = {
+        name: [found["unit", name, unit] for unit in range(zoo[name].anatomy.num_units)]
+        for name in zoo.names()
+    }
+    stitches, error = all_stitches(examples, timed, kind)
+    heads = {inputs: found["head", inputs] for inputs in widths}
+    return LatencyTable(zoo, num_classes, units, heads, stitches, error)
 
 
-def _timed_pairs(examples: Sequence[Node], kind: StitchKind) -> list[tuple[int, int]]:
-    """The pairs of shapes to time: all, or some evenly spread over the multiply-adds."""
-    usable = [place for place, node in enumerate(examples) if node.index]
-    pairs = [(a, b) for a in usable for b in usable]
-    if len(pairs) <= MOST_TIMED:
-        return pairs
-    pairs.sort(key=lambda p: (stitch_cost(examples[p[0]], examples[p[1]], kind).flops, p))
-    step = (len(pairs) - 1) / (MOST_TIMED - 1)
-    return sorted({pairs[round(step * place)] for place in range(MOST_TIMED)})
+def stitches_to_time(zoo: Zoo, kind: StitchKind) -> list[str]:
+    """The keys of the stitches that a pack of a zoo has at least."""
+    _, examples = shapes_of(zoo_nodes(zoo))
+    return [stitch_key(examples[a], examples[b]) for a, b in timed_pairs(examples, kind)]
 
 
-def _all_stitches(
-    examples: Sequence[Node], timed: Mapping[tuple[int, int], int], kind: StitchKind
-) -> tuple[list[list[int]], float | None]:
-    """Nanoseconds between all shapes: timed, or by a line; and the line's error where it serves."""
-    places = [(a, b) for a in range(len(examples)) for b in range(len(examples))]
-    work = np.array([_stitch_work(examples[a], examples[b], kind) for a, b in places], dtype=float)
-    known = np.array([place in timed for place in places])
-    times = np.array([timed.get(place, 0) for place in places], dtype=float)
-    # relative errors count alike, whatever the size
-    weight = 1 / np.maximum(times[known], 1)
-    line, *_ = np.linalg.lstsq(work[known] * weight[:, None], times[known] * weight, rcond=None)
-    foreseen = np.maximum(work @ line, times[known].min(initial=0))
-    table = np.where(known, times, foreseen).round().astype(np.int64)
-    usable = [p for p, (a, b) in enumerate(places) if examples[a].index and examples[b].index]
-    error = None
-    if not known[usable].all():
-        error = float(np.median(np.abs(foreseen[known] * weight - 1)))
-    return table.reshape(len(examples), -1).tolist(), error
-
-
-def _stitch_work(source: Node, target: Node, kind: StitchKind) -> tuple[float, float, float]:
-    """What a stitch's time is a line in: one, its multiply-adds, numbers it reads and writes."""
-    flops = stitch_cost(source, target, kind).flops
-    return (1.0, float(flops), float(np.prod(source.shape) + np.prod(target.shape)))
+def latency_elsewhere(
+    zoo: Zoo, times: Times, *, kind: StitchKind, num_classes: int | None
+) -> LatencyTable:
+    """The table of times that another machine measured, see ``stages/latency/store.py``."""
+    nodes = zoo_nodes(zoo)
+    _, examples = shapes_of(nodes)
+    timed = {
+        (a, b): time
+        for a, before in enumerate(examples)
+        for b, after in enumerate(examples)
+        if (time := times.stitch(before, after)) is not None
+    }
+    units = {
+        name: [times.unit(name, unit) for unit in range(zoo[name].anatomy.num_units)]
+        for name in zoo.names()
+    }
+    widths = {head_inputs(node) for node in nodes if node.index} if num_classes else set()
+    stitches, error = all_stitches(examples, timed, kind)
+    heads = {inputs: times.head(inputs) for inputs in sorted(widths)}
+    return LatencyTable(zoo, num_classes, units, heads, stitches, error)
 
 
 def time_network(

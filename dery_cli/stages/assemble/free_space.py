@@ -22,17 +22,17 @@ from dery_cli.core.assembly.paths import (
     path_problem,
 )
 from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, IntArray
+from dery_cli.core.cost.latency import shapes_of
 from dery_cli.core.stitching.network import head_inputs
 from dery_cli.core.stitching.stitch import stitch_cost
 from dery_cli.errors import InfeasibleError, UsageError
 from dery_cli.stages.assemble.candidates import Candidate, Proof
 from dery_cli.stages.assemble.config import AssembleConfig, DonorFilter
-from dery_cli.stages.assemble.costs import shapes_of, zoo_nodes
 from dery_cli.stages.assemble.explain import explain_infeasible
 from dery_cli.stages.assemble.setting import MICRO, Setting, best_of
 from dery_cli.types import Anatomy, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
-from dery_cli.zoo.whole import head_cost
+from dery_cli.zoo.whole import head_cost, zoo_nodes
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from dery_cli.core.training_free.inputs import about
 from dery_cli.data.samples import Split, TargetSamples, choose_target, fingerprint
@@ -13,11 +14,20 @@ from dery_cli.io.artifacts import Workspace, unchanged, write_record
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import pick_device
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import show_time
 from dery_cli.stages.assemble.config import AssembleConfig
-from dery_cli.stages.assemble.costs import REPEATS, WARMUP, LatencyTable, latency_options
+from dery_cli.stages.assemble.costs import (
+    REPEATS,
+    WARMUP,
+    LatencyTable,
+    latency_elsewhere,
+    latency_options,
+    stitches_to_time,
+)
 from dery_cli.stages.assemble.setting import Setting
 from dery_cli.stages.assemble.store import ASSEMBLY, LATENCY
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
+from dery_cli.stages.latency.store import read_times
 from dery_cli.stages.partition.store import StoredPartition, require_partition
 from dery_cli.zoo.plugin import find_proxy
 from dery_cli.zoo.registry import require_zoo
@@ -159,6 +169,8 @@ def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> 
 def _with_latency(job: Job) -> Artifact:
     """The record with measured latencies among its parents; they are measured or those kept."""
     setting, target = job.setting, job.setting.target
+    if setting.config.latency_from is not None:
+        return _with_latency_elsewhere(job, setting.config.latency_from)
     wanted = Artifact(
         kind=LATENCY,
         parents={f"weights/{n}": d.weights_sha256 for n, d in setting.zoo.donors.items()},
@@ -175,3 +187,25 @@ def _with_latency(job: Job) -> Artifact:
         job.terminal.detail("latencies are those of an earlier run")
     setting.latency = LatencyTable.from_json(kept.data, setting.zoo, target.num_classes)
     return dataclasses.replace(job.record, parents={**job.record.parents, "latency": kept.sha256})
+
+
+def _with_latency_elsewhere(job: Job, path: Path) -> Artifact:
+    """The record with another machine's latencies among its parents."""
+    setting, target = job.setting, job.setting.target
+    times = read_times(
+        path,
+        setting.zoo,
+        kind=setting.stitch,
+        batch_size=setting.config.latency_batch,
+        classes=target.num_classes,
+    )
+    times.require(stitches_to_time(setting.zoo, setting.stitch))
+    setting.latency = latency_elsewhere(
+        setting.zoo, times, kind=setting.stitch, num_classes=target.num_classes
+    )
+    for one in times.wholes():
+        job.terminal.say(
+            f"{one.network}, measured there: {show_time(one.whole)} whole, its parts sum to "
+            f"{show_time(one.parts)} ({one.error:+.1%})"
+        )
+    return dataclasses.replace(job.record, parents={**job.record.parents, "latency": times.sha256})

@@ -416,8 +416,11 @@ def _describe(setting: Setting, best: Scored, built: CompleteNetwork) -> dict[st
 def _time_whole(
     setting: Setting, chosen: Candidate, network: Any, input_shape: tuple[int, ...]
 ) -> dict[str, Any] | None:
-    """The built network's own latency beside the sum of its parts; None without a budget."""
-    if chosen.latency is None:
+    """The built network's own latency beside the sum of its parts.
+
+    None without a budget, and where the parts were measured elsewhere.
+    """
+    if chosen.latency is None or setting.config.latency_from is not None:
         return None
     batch_size = setting.config.latency_batch
     measured = time_network(network, input_shape, setting.target.device, batch_size)
