@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.processes import Processes, open_processes
 from dery_cli.runtime.terminal import GrowingTable, Terminal
+from dery_cli.runtime.terminal import Progress as ProgressBar
 from dery_cli.sizes import show_duration
 from dery_cli.stages.finetune.rates import rate_of_run
 from dery_cli.stages.finetune.rebuild import refit_start
@@ -190,6 +191,44 @@ def _open(
     return start_from_donor(space, request.donor, data, DEFAULT_CROP), data
 
 
+def _start(
+    terminal: Terminal,
+    space: Workspace,
+    request: FinetuneRequest,
+    config: FinetuneConfig,
+    processes: Processes,
+    plan: _Plan,
+) -> LoadedTeacher | None:
+    """Put the weights that the run begins with into the network; and find its teacher."""
+    kept, device, workers = plan.splits.kept, processes.device, config.workers
+    if request.donor is not None:
+        load_donor_weights(
+            terminal,
+            space,
+            request.donor,
+            plan.data,
+            plan.start,
+            kept,
+            device=device,
+            workers=workers,
+        )
+    if plan.refit:
+        refit_start(terminal, space, plan.start, plan.data, kept, device=device, workers=workers)
+    if plan.teacher is None:
+        return None
+    return load_teacher(
+        terminal,
+        processes,
+        space,
+        plan.teacher,
+        plan.start,
+        plan.data,
+        plan.splits,
+        seed=config.seed,
+        workers=workers,
+    )
+
+
 def _train(
     terminal: Terminal,
     space: Workspace,
@@ -199,40 +238,7 @@ def _train(
     plan: _Plan,
     run_dir: Path,
 ) -> _Trained:
-    if request.donor is not None:
-        load_donor_weights(
-            terminal,
-            space,
-            request.donor,
-            plan.data,
-            plan.start,
-            plan.splits.kept,
-            device=processes.device,
-            workers=config.workers,
-        )
-    if plan.refit:
-        refit_start(
-            terminal,
-            space,
-            plan.start,
-            plan.data,
-            plan.splits.kept,
-            device=processes.device,
-            workers=config.workers,
-        )
-    teacher = None
-    if plan.teacher is not None:
-        teacher = load_teacher(
-            terminal,
-            processes,
-            space,
-            plan.teacher,
-            plan.start,
-            plan.data,
-            plan.splits,
-            seed=config.seed,
-            workers=config.workers,
-        )
+    teacher = _start(terminal, space, request, config, processes, plan)
     settings: dict[str, Any] = {
         "teacher": None if teacher is None else teacher.module,
         "teacher_identity": "" if teacher is None else teacher.identity,
@@ -263,15 +269,6 @@ def _train(
     curves = Curves(run_dir) if request.tensorboard and processes.main else None
     table = _table(terminal, validated=plan.splits.valid is not None)
     with terminal.progress("fine-tuning", plan.steps) as bar:
-
-        def advance(now: Progress) -> None:
-            note = "" if now.loss is None else f"loss {now.loss:.3f}"
-            bar.update(now.step, note, now.eta)
-            if now.report is not None:
-                table.row(_cells(now, now.report))
-                if curves is not None:
-                    curves.update()
-
         result = finetune(
             plan.start.assembly.network,
             plan.splits.train,
@@ -286,13 +283,29 @@ def _train(
                 "start": f"{plan.start.name} {plan.start.parent[:16]}",
                 "data": plan.splits.digest[:16],
             },
-            progress=advance,
+            progress=_shown(bar, table, curves),
             warn=terminal.warn,
         )
         bar.update(result.steps)
     if curves is not None:
         curves.close()
     return _Trained(before=before, result=result, teacher=teacher, rate=rate)
+
+
+def _shown(
+    bar: ProgressBar, table: GrowingTable, curves: Curves | None
+) -> Callable[[Progress], None]:
+    """What shows how far a run is: the bar, a row for each report, the curves."""
+
+    def advance(now: Progress) -> None:
+        note = "" if now.loss is None else f"loss {now.loss:.3f}"
+        bar.update(now.step, note, now.eta)
+        if now.report is not None:
+            table.row(_cells(now, now.report))
+            if curves is not None:
+                curves.update()
+
+    return advance
 
 
 def _score(plan: _Plan, config: FinetuneConfig, device: torch.device) -> EvalResult | None:
