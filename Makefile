@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo      take ten small networks apart and build a new one under a budget"
-	@echo "make test      lint, then the tests (under 15 minutes on 2 cores)"
+	@echo "make test      lint, then the tests (about ten minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     speed and memory, each against a named reference"
@@ -31,10 +31,10 @@ lint: $(READY)
 
 # one thread a worker: two workers with two threads each would only fight for two cores
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(READY)
 	@set -e; for bench in tests/bench/bench_*.py; do \

@@ -451,7 +451,13 @@ def test_fewer_images_than_a_batch_and_one_class(copied, tmp_path):
     assert "only one class folder with images" in error["message"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
     copied, tmp_path, pipeline, number, code
 ):

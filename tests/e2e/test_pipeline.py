@@ -363,7 +363,7 @@ def test_unlabelled_images_give_a_network_without_a_head(copied, tmp_path):
     assert "has no head" in outcome.json["error"]["message"]
 
 
-@pytest.mark.parametrize("proxy", ["params", "naswot"])
+@pytest.mark.parametrize("proxy", [pytest.param("params", marks=pytest.mark.slow), "naswot"])
 def test_other_proxies_decide_otherwise(copied, proxy):
     outcome = copied(
         "assemble",

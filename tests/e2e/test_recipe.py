@@ -80,6 +80,7 @@ def test_a_failed_stage_ends_the_run_with_its_code_and_its_section(recipe):
     assert len(found.json["error"]["details"]["steps"]) == 4
 
 
+@pytest.mark.slow
 def test_what_is_up_to_date_takes_no_torch(recipe, tmp_path):
     whole = recipe()
     assert whole.code == 0

@@ -117,6 +117,7 @@ def test_curves_of_a_run_without_reports_are_left_out_and_said(copied, tmp_path)
     assert [words for words in found["left_out"] if words.startswith("training curves")]
 
 
+@pytest.mark.slow
 def test_why_nothing_fits_is_told_until_something_does(copied, tmp_path):
     refused = copied("assemble", "--max-params", "1k", "--json")
     assert refused.code == 3

@@ -88,7 +88,7 @@ def test_figures_for_unseen_images_are_at_chance_in_finetune(meaningless):
     assert at_chance(outcome.json["result"]["test_top1"], CLASSES * TEST)
 
 
-@pytest.mark.parametrize("fraction", ["0.3", "0.2"])
+@pytest.mark.parametrize("fraction", [pytest.param("0.3", marks=pytest.mark.slow), "0.2"])
 def test_a_share_held_out_of_an_assembly_that_knows_all_images_is_forgotten(
     meaningless, tmp_path, fraction
 ):
@@ -108,6 +108,7 @@ def test_a_share_held_out_of_an_assembly_that_knows_all_images_is_forgotten(
         assert at_chance(score, 300 * float(fraction))
 
 
+@pytest.mark.slow
 def test_what_is_delivered_for_use_as_it_is_knows_all_images(meaningless):
     """Labels without meaning are known where they were fitted, and nowhere else."""
     root, data = meaningless

@@ -130,6 +130,7 @@ def test_a_workspace_that_cannot_be_written_with_a_pending_record_is_read(root, 
     assert run(root, "eval assemblies/default").json["result"]["top1"] == value
 
 
+@pytest.mark.slow
 def test_damaged_parts_of_an_unfinished_run_are_left_behind(root, small):
     """``run.json`` is gone, as after a kill: the same command goes on, or says it begins anew."""
     folder = root / "runs" / "default"

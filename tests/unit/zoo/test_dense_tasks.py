@@ -59,7 +59,7 @@ def trained(model: nn.Module, loss, steps: int) -> tuple[float, float]:
     return seen[0], seen[-1]
 
 
-@pytest.mark.parametrize("name", ["mixed", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("mixed", marks=pytest.mark.slow), "vit"])
 def test_a_detector_learns(folders, name):
     torch.manual_seed(0)
     features = timm.create_model(
