@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dery_cli.core.numerics import seeded
 from tests.conftest import Outcome, run_dery
-from tests.e2e.conftest import snapshot, write_digits
+from tests.e2e.conftest import snapshot, write_images
 
 pytestmark = [
     pytest.mark.cuda,
@@ -47,7 +47,7 @@ def run(root: Path, line: str, *more: str) -> Outcome:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_digits(tmp_path_factory.mktemp("digits")))
+    return str(write_images(tmp_path_factory.mktemp("digits")))
 
 
 @pytest.fixture(scope="module")
