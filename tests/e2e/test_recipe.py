@@ -22,15 +22,18 @@ data = "{data}"
 [zoo]
 specs = {specs}
 [embed]
+batch-size = 100
 [sim]
 [partition]
 blocks = 3
 eps = 0.5
+restarts = 20
 [assemble]
 max-params = "700k"
 effort = 2
 [finetune]
 steps = 8
+batch-size = 32
 effort = 0
 [eval]
 """
@@ -75,7 +78,7 @@ def test_a_failed_stage_ends_the_run_with_its_code_and_its_section(recipe):
     found = recipe(("700k", "1k"))
     assert found.code == 3
     assert found.json["error"]["code"] == "infeasible"
-    assert found.json["error"]["message"].startswith("recipe.toml:9: assemble: ")
+    assert found.json["error"]["message"].startswith("recipe.toml:11: assemble: ")
     assert found.json["error"]["details"]["section"] == "assemble"
     assert len(found.json["error"]["details"]["steps"]) == 4
 
