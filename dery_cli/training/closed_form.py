@@ -119,9 +119,15 @@ class FittedBuilder:
         built = self.stitched(recipe.refs)
         network = built.network.copy()
         if recipe.reestimated:
-            network = self.reestimated(network, recipe.refs)
+            self._reestimate(network, recipe.refs)
         match = self._match(network, recipe.refs)
         return CompleteNetwork(network.eval(), built.fits, match)
+
+    def for_trial(self, recipe: Recipe) -> AssembledNetwork:
+        """The same to be asked only: what nothing changes is shared with other networks."""
+        if recipe.reestimated or self._options.match:
+            return self.headless(recipe).network
+        return self.stitched(recipe.refs).network
 
     def complete(self, recipe: Recipe, chosen: Judgement | None) -> CompleteNetwork:
         """A network of its own, with a head where the target has labels.
@@ -137,11 +143,14 @@ class FittedBuilder:
         return built
 
     def reestimated(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> AssembledNetwork:
-        """A whole donor with batch-norm statistics of the target's images."""
+        """A whole donor, of its own, with batch-norm statistics of the target's images."""
         network = network.copy()
+        self._reestimate(network, refs)
+        return network
+
+    def _reestimate(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> None:
         donor = refs[0].donor
         reestimate_batch_norm(network.blocks[0], lambda: self._view(donor, fit=True))
-        return network
 
     def _match(self, network: AssembledNetwork, refs: Sequence[BlockRef]) -> Match | None:
         """Train the stitches to give the last donor's pre-logits, where that is asked for."""
@@ -188,7 +197,7 @@ def try_out(
     for kept, asked_N in _divisions(target):
         builder = fitted_on(kept)
         for place, recipe in enumerate(recipes):
-            network = builder.headless(recipe).network
+            network = builder.for_trial(recipe)
             view = images.view(zoo[recipe.refs[0].donor].input, target.all_indices)
             parts[place].append(HeldOut(network_outputs(network, view), asked_N))
             advance()

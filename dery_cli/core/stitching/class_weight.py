@@ -47,7 +47,7 @@ def choose_class_weight(
     for weight in CLASS_WEIGHTS:
         error = 0.0
         for fitted_on, asked_on in ((even, odd), (odd, even)):
-            regression.fit(weight, only=fitted_on)
+            regression.fit(weight, only=fitted_on, judged=False)
             asked_N = torch.isin(torch.arange(len(label_N)) % FOLDS, torch.tensor(asked_on))
             feat_NC = _features(regression.stitch, block, after, batches, asked_N)
             error += probe_error(feat_NC, label_N[asked_N], num_classes)

@@ -133,20 +133,34 @@ class StitchRegression:
         own, shared = (self._rows.solve(position_bias=each).error for each in (True, False))
         return own <= shared
 
-    def fit(self, class_weight: float = 0.0, *, only: Sequence[int] | None = None) -> StitchFit:
+    def fit(
+        self,
+        class_weight: float = 0.0,
+        *,
+        only: Sequence[int] | None = None,
+        judged: bool = True,
+    ) -> StitchFit:
         """Set the stitch to the regression's solution.
 
         Args:
             class_weight: b of the regression to y + b (mean of the image's class - mean of all).
             only: Folds to fit on; None is all.
+            judged: Whether the R2 are wanted; those of a fit with a class weight cost a
+                cross-validation of their own.
         """
         stitch, position = self.stitch, bool(self._position)
+
+        def solve(rows: RidgeStatistics, *, position_bias: bool) -> RidgeFit:
+            return rows.solve(
+                position_bias=position_bias, class_weight=class_weight, only=only, judged=judged
+            )
+
         with torch.no_grad():
-            fit = self._rows.solve(position_bias=position, class_weight=class_weight, only=only)
+            fit = solve(self._rows, position_bias=position)
             _set_output(stitch, fit)
             if self._tokens is None or stitch.prefix is None:
                 return StitchFit(stitch.kind, fit.r2, None, class_weight, self._position)
-            tokens = self._tokens.solve(position_bias=False, class_weight=class_weight, only=only)
+            tokens = solve(self._tokens, position_bias=False)
             _copy(stitch.prefix.weight, tokens.weight_CD.T)
             _copy(stitch.prefix.bias, tokens.bias_GD[0])
         return StitchFit(stitch.kind, fit.r2, tokens.r2, class_weight, self._position)

@@ -15,6 +15,7 @@ span: the kernel form of the same regression, with R x R matrices in place of C 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -193,6 +194,7 @@ class RidgeStatistics:
         penalties: Sequence[float] = RIDGE_PENALTIES,
         class_weight: float = 0.0,
         only: Sequence[int] | None = None,
+        judged: bool = True,
     ) -> RidgeFit:
         """The ridge map, its penalty chosen by cross-validation over the folds.
 
@@ -205,11 +207,14 @@ class RidgeStatistics:
             penalties: Candidates, in units of the mean eigenvalue of the centred Gram.
             class_weight: b; anything but 0 needs labels.
             only: The folds to use; None is all.
+            judged: Whether ``r2`` and ``error`` are wanted too; with a ``class_weight`` they are
+                those of another regression, and NaN where they are not.
         """
         chosen = tuple(range(len(self.folds)) if only is None else only)
+        judged = judged or not class_weight
         with few_threads(len(self.folds[0].gram_CC)):
             plain_P, moved_P, spread = self._held_out(
-                chosen, position_bias, penalties, class_weight
+                chosen, position_bias, penalties, class_weight, judged=judged
             )
             best, r2 = len(penalties) // 2, 0.0
             if spread is not None:
@@ -224,8 +229,8 @@ class RidgeStatistics:
             bias_GD = centred.mean_y_GD - centred.mean_x_GC @ weight_CD
             if self._span_CR is not None:
                 weight_CD = self._span_CR @ weight_CD
-        error = float(plain_P.min())
-        return RidgeFit(weight_CD, bias_GD, max(r2, -1.0), error, penalties[best])
+        r2, error = (max(r2, -1.0), float(plain_P.min())) if judged else (math.nan, math.nan)
+        return RidgeFit(weight_CD, bias_GD, r2, error, penalties[best])
 
     def _held_out(
         self,
@@ -233,11 +238,14 @@ class RidgeStatistics:
         position_bias: bool,
         penalties: Sequence[float],
         class_weight: float,
+        *,
+        judged: bool,
     ) -> tuple[Tensor, Tensor, float | None]:
         """Squared errors on the folds held out in turn, by penalty, and what there is to explain.
 
         Returns:
-            Of y; of y with its class offsets (0 without a ``class_weight``); the squares of y about
+            Of y (0 unless ``judged``); of y with its class offsets (0 without a ``class_weight``);
+            the squares of y about
             the mean of the other folds, None where there are no two folds with images.
         """
         total = added([self.folds[index] for index in chosen])
@@ -251,9 +259,10 @@ class RidgeStatistics:
             train = total.combine(held_out, -1.0)
             centred = Centred.of(train, position_bias)
             basis = self._basis((chosen, index, position_bias), centred)
-            test = Centred.of(held_out, position_bias, centre=centred)
-            plain_P += basis.errors(centred, test, penalties)[:, 0]
-            spread += float(test.square_D.sum())
+            if judged:
+                test = Centred.of(held_out, position_bias, centre=centred)
+                plain_P += basis.errors(centred, test, penalties)[:, 0]
+                spread += float(test.square_D.sum())
             if class_weight:
                 offset_KZD = class_weight * train.class_offsets(self.cell_G)
                 centred = Centred.of(train.moved(offset_KZD, self.cell_G), position_bias)

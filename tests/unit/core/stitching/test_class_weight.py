@@ -70,7 +70,9 @@ def test_each_fit_is_asked_only_about_images_it_has_not_seen(monkeypatch, batch)
     fitted, asked = [], []
     solve, fit = torch.isin, regression.fit
     monkeypatch.setattr(
-        regression, "fit", lambda weight, only: (fitted.append(set(only)), fit(weight, only=only))
+        regression,
+        "fit",
+        lambda weight, only, judged: (fitted.append(set(only)), fit(weight, only=only)),
     )
 
     def isin(of_what, among):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -73,6 +75,10 @@ def test_class_offsets_are_added_to_the_outputs(position_bias, cells):
     assert torch.allclose(fit.weight_CD, weight, atol=1e-9)
     assert torch.allclose(fit.bias_GD, bias, atol=1e-9)
     assert fit.r2 == statistics.solve(position_bias=position_bias).r2
+    unjudged = statistics.solve(position_bias=position_bias, class_weight=2.0, judged=False)
+    assert torch.equal(unjudged.weight_CD, fit.weight_CD)
+    assert unjudged.penalty == fit.penalty
+    assert math.isnan(unjudged.r2)
 
 
 def _offsets(y, label, classes, cells):
