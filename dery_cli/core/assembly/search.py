@@ -30,6 +30,8 @@ from dery_cli.core.assembly.problem import Assembly, AssemblyProblem, BoolArray,
 
 # children made at a time: enough to fill vector operations, little enough to stay in memory
 _CHILDREN = 1 << 17
+# as long as the pool is not full: the sooner it is, the sooner its worst rules rows out
+_FIRST_CHILDREN = 1 << 12
 # children after which a first, greedy descent gives way to fixing and tighter multipliers
 _DIVE_CHILDREN = 1 << 20
 # longest-path passes to set multipliers by, before each search over a graph
@@ -221,7 +223,8 @@ class Search:
 
     def _extend(self, rows: Rows) -> None:
         count_R = self._num_children(rows)
-        now = max(1, int(np.searchsorted(np.cumsum(count_R), _CHILDREN, side="right")))
+        most = _CHILDREN if self.found == self.count else _FIRST_CHILDREN
+        now = max(1, int(np.searchsorted(np.cumsum(count_R), most, side="right")))
         if now < len(rows):
             self.stack.append(rows.take(slice(now, None)))
             rows, count_R = rows.take(slice(0, now)), count_R[:now]
