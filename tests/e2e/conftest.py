@@ -23,7 +23,7 @@ STAGES = {
     "embed": "embed --data DATA --batch-size 100",
     "sim": "sim",
     "partition": "partition -K 3 --eps 0.5 --restarts 20",
-    "assemble": "assemble --max-params 700k --effort 2",
+    "assemble": "assemble --max-params 700k --effort 1",
     "finetune": "finetune --steps 8 --effort 0 --batch-size 32",
     "eval": "eval",
 }

@@ -18,7 +18,7 @@ from tests.conftest import run_dery
 
 DONORS = ("mobilenetv3", "resnext")
 CLASSES, TRAIN, TEST = 10, 104, 12
-EFFORT = ("--effort", "3")
+EFFORT = ("--effort", "1")
 
 
 def write_shuffled(folder, *, train, test, seed=0):
@@ -42,7 +42,7 @@ def meaningless(tmp_path_factory):
     root = base / "ws"
     for words in (
         ["zoo", "add", *(f"demo/{name}" for name in DONORS)],
-        ["embed", "--data", str(data), "--samples", "64"],
+        ["embed", "--data", str(data), "--samples", "64", "--batch-size", "128"],
         ["assemble", "--max-params", "700k", *EFFORT],
     ):
         outcome = run_dery(*words, "--workspace", str(root), "--json")

@@ -51,33 +51,46 @@ def test_the_readme_shows_this_very_plugin():
         assert (EXAMPLE / name).read_text().strip() in text
 
 
-def test_it_is_found_checked_and_added(python, tmp_path):
-    def dery(*words, code=0):
-        done = _run([python, "-m", "dery_cli", *words, "--json"], tmp_path, code=code)
-        return json.loads(done.stdout)
+LINES = {
+    "zoo plugins": 0,
+    "zoo check --all birds": 0,
+    "zoo add birds/small": 1,
+    "zoo add birds/small --no-pretrained": 0,
+    "zoo add birds/smal": 2,
+}
+"""What is asked of the environment, in one process, and the exit codes."""
 
-    found = [p for p in dery("zoo", "plugins")["result"]["plugins"] if p["name"] == "birds"]
+SCRIPT = """
+import json, sys
+import dery_birds
+from dery_cli.cli import run
+from dery_cli.runtime import terminal
+from dery_cli.testing import check_plugin
+
+for line, code in json.loads(sys.argv[1]).items():
+    terminal.use_terminal(terminal.Terminal(json=True))
+    assert run([*line.split(), "--json"]) == code, line
+print(json.dumps([r.ok for r in check_plugin(dery_birds.zoo, ["small"])]))
+"""
+
+
+def test_it_is_found_checked_and_added(python, tmp_path):
+    done = _run([python, "-c", SCRIPT, json.dumps(LINES)], tmp_path)
+    *answers, proven = map(json.loads, done.stdout.splitlines())
+    said = dict(zip(LINES, answers, strict=True))
+    found = [p for p in said["zoo plugins"]["result"]["plugins"] if p["name"] == "birds"]
     assert [(p["distribution"], p["version"], p["models"], p["error"]) for p in found] == [
         ("dery-birds", "1.0", 2, None)
     ]
 
-    checked = dery("zoo", "check", "--all", "birds")["result"]
+    checked = said["zoo check --all birds"]["result"]
     assert [m["spec"] for m in checked["models"]] == ["birds/large", "birds/small"]
     assert checked["models"][0]["units"] == 8
     assert all(c["ok"] for m in checked["models"] for c in m["checks"])
 
-    missing = dery("zoo", "add", "birds/small", code=1)["error"]
+    missing = said["zoo add birds/small"]["error"]
     assert "cannot get the weights of birds/small" in missing["message"]
-    added = dery("zoo", "add", "birds/small", "--no-pretrained")["result"]["added"]
+    added = said["zoo add birds/small --no-pretrained"]["result"]["added"]
     assert (added[0]["license"], added[0]["task"]) == ("unknown", "unknown")  # random weights
-    near = dery("zoo", "add", "birds/smal", code=2)["error"]
-    assert near["hint"] == "did you mean birds/small?"
-
-
-def test_its_contract_is_proven_from_python(python, tmp_path):
-    script = (
-        "import dery_birds\n"
-        "from dery_cli.testing import check_plugin\n"
-        "print([r.ok for r in check_plugin(dery_birds.zoo, ['small'])])\n"
-    )
-    assert _run([python, "-c", script], tmp_path).stdout.strip() == "[True]"
+    assert said["zoo add birds/smal"]["error"]["hint"] == "did you mean birds/small?"
+    assert proven == [True]  # by ``check_plugin``, from Python
