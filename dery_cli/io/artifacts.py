@@ -14,8 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io import schema
 from dery_cli.io.files import not_written
@@ -179,6 +177,8 @@ class Workspace:
 
         What a killed process left is finished or removed first. Runs have a lock of their own.
         """
+        from filelock import FileLock, Timeout
+
         lock = FileLock(self.root / ".lock")
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,6 +166,8 @@ def json_sha256(value: Any) -> str:
 @functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of the libraries a result depends on."""
+    import importlib.metadata
+
     versions: dict[str, str] = {}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -13,13 +13,14 @@ import dataclasses
 import difflib
 import traceback
 from collections.abc import Iterator, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 from dery_cli.errors import DeryError, UsageError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from PIL import Image
     from torch import nn
 
@@ -189,6 +190,8 @@ class PluginInfo:
 
 
 def _entry_points(group: str) -> dict[str, list[EntryPoint]]:
+    from importlib.metadata import entry_points
+
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
         same = found.setdefault(point.name, [])
