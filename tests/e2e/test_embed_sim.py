@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import resource
@@ -21,7 +22,6 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-import dery_cli.zoo.plugin
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.metric import pairwise_metric
 from dery_cli.data.splits import FolderSplit
@@ -643,7 +643,7 @@ NO_METRIC = object()
 
 @pytest.fixture
 def own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = dery_cli.zoo.plugin.entry_points
+    found = importlib.metadata.entry_points
 
     def more(**select):
         own = [
@@ -656,7 +656,7 @@ def own_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return [*found(**select), *(own if select.get("group") == "dery.metrics" else [])]
 
-    monkeypatch.setattr(dery_cli.zoo.plugin, "entry_points", more)
+    monkeypatch.setattr(importlib.metadata, "entry_points", more)
 
 
 def test_an_own_metric_and_only_new_pairs_are_computed(ws, dery, own_metrics):

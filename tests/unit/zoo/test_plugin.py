@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -61,7 +62,9 @@ def register(monkeypatch, tmp_path):
             for name, value in points
         ]
         monkeypatch.setattr(
-            door, "entry_points", lambda group: made if group == door.ZOO_GROUP else []
+            importlib.metadata,
+            "entry_points",
+            lambda group: made if group == door.ZOO_GROUP else [],
         )
 
     return install
