@@ -462,7 +462,8 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same_bytes(
     copied, tmp_path, pipeline, number, code
 ):
     line = shlex.split(
-        "finetune --steps 60 --effort 0 --batch-size 8 --report-every 60 --name parts --workspace ws"
+        "finetune --steps 60 --effort 0 --batch-size 8 --report-every 60 --name parts "
+        "--workspace ws"
     )
     run_dir = tmp_path / "ws" / "runs" / "parts"
     with subprocess.Popen(
