@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dery_cli.commands import _completion
+from dery_cli.commands._explanation import show_explanation
 from dery_cli.commands._options import (
     DataOption,
     DeviceOption,
@@ -31,6 +32,7 @@ from dery_cli.stages.assemble.config import (
     SPACES,
     AssembleConfig,
     DonorFilter,
+    check_explain,
     parse_budgets,
     preset_options,
     refuse_gone,
@@ -134,6 +136,15 @@ def assemble(
         typer.Option(
             "--dry-run",
             help="Print what would be searched and built, and what it takes; only that.",
+        ),
+    ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say why this network: what each part adds to what was foreseen of it, the best "
+            "foreseen within a budget 10 % larger or smaller, and the donor that would be missed "
+            "most. Of an assembly that is up to date too.",
         ),
     ] = False,
     require_optimal: Annotated[
@@ -350,21 +361,19 @@ def assemble(
         max_seconds=max_seconds,
         seed=seed,
         require_optimal=require_optimal,
+        explain=explain,
         device=device,
         workers=workers,
         **preset_options(preset, space=space, stem=stem, stitch=stitch, proxy=proxy, draw=draw),
     )
+    check_explain(explain, **{"--pareto": pareto, "--dry-run": dry_run})
     folder = open_workspace(workspace)
+    does = _tell if dry_run else _trace if pareto else _build
     results: dict[str, Result] = {}
     for key, budget in budgets.items():
         called = budget_name(name, key)
         one = dataclasses.replace(config, budget=budget, name=called)
-        if dry_run:
-            results[called] = _tell(terminal, folder, one)
-        elif pareto:
-            results[called] = _trace(terminal, folder, one)
-        else:
-            results[called] = _build(terminal, folder, one)
+        results[called] = does(terminal, folder, one)
     return {"assemblies": results} if len(results) > 1 else results[called]
 
 
@@ -374,12 +383,16 @@ def _build(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Res
     found = assemble_network(terminal, folder, config)
     _show_comparison(terminal, found.record.data)
     _show_remarks(terminal, found)
+    why = found.explanation
+    if why is not None:
+        show_explanation(terminal, why)
     terminal.say(f"assembly '{config.name}' is in {found.folder}")
     return {
         "assembly": config.name,
         "folder": str(found.folder),
         **found.record.data,
         "latency": found.latency,
+        **({} if why is None else {"explanation": dataclasses.asdict(why)}),
     }
 
 

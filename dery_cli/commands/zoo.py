@@ -19,6 +19,7 @@ from dery_cli.commands._tables import (
     whole_cost_cells,
 )
 from dery_cli.commands.check import check
+from dery_cli.commands.rank import rank
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import show_shape
 from dery_cli.stages.zoo.config import AddConfig
@@ -29,6 +30,7 @@ from dery_cli.zoo.registry import read_zoo
 
 zoo_app = typer.Typer(help="Register pretrained models as donors, look at them, drop them.")
 zoo_app.command("check")(check)
+zoo_app.command("rank")(rank)
 
 
 @zoo_app.command("add")

@@ -76,13 +76,12 @@ def _fold_heading(text: str, width: int) -> list[str]:
     """The same, at hyphens too: multiply-adds is the widest word of most tables."""
     from rich.cells import cell_len
 
-    lines: list[str] = []
-    for line in fold(text, max(width, _widest(_HEADING_PIECE.findall(text)))):
-        if cell_len(line) <= width:
-            lines.append(line)
-        else:
-            lines += _HEADING_PIECE.findall(line)
-    return [piece for line in lines for piece in fold(line, width)]
+    words = [
+        piece
+        for word in text.split(" ")
+        for piece in ([word] if cell_len(word) <= width else _HEADING_PIECE.findall(word))
+    ]
+    return fold(" ".join(words), width)
 
 
 def _widest(texts: Sequence[str]) -> int:

@@ -29,8 +29,8 @@ from dery_cli.stages.assemble.choose import Chooser
 from dery_cli.stages.assemble.config import AssembleConfig, Budget
 from dery_cli.stages.assemble.free_space import PathSearch
 from dery_cli.stages.assemble.prepare import Job, prepare
-from dery_cli.stages.assemble.run import (
-    assemble_network,
+from dery_cli.stages.assemble.run import assemble_network
+from dery_cli.stages.assemble.scores import (
     learn_objective,
     memo_of,
     scored_space,

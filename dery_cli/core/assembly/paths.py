@@ -162,6 +162,12 @@ class PathProblem:
         mine_G = self.space.donor_V[self.space.segments.src] == number
         return self._with(f"ending in {donor}", ~self.last_E | _true(mine_G, self.segment_E))
 
+    def without(self, donor: str) -> AssemblyProblem:
+        """The same program over the paths that have no piece of a donor."""
+        number = self.space.donors.index(donor)
+        mine_G = self.space.donor_V[self.space.segments.src] == number
+        return self._with(f"without {donor}", ~_true(mine_G, self.segment_E))
+
     def with_stitches(self, most: int) -> AssemblyProblem:
         """The same program over the paths of at most so many stitches."""
         return self._with(f"at most {most} stitches", ~self.last_E | (self.layer_E <= most))

@@ -203,6 +203,23 @@ def refuse_gone(name: str) -> None:
     raise UsageError(f"--{name} is gone", GONE[name])
 
 
+def check_explain(explain: bool, **beside: bool) -> None:
+    """Refuse ``--explain`` beside options that leave nothing to explain.
+
+    Args:
+        explain: Whether it is given.
+        beside: Whether each of those options is.
+
+    Raises:
+        UsageError: It is given beside one of them.
+    """
+    for option in [option for option, given in beside.items() if explain and given]:
+        raise UsageError(
+            f"--explain tells why a network was picked of all paths, and {option} picks none so",
+            f"leave out --explain, or {option}",
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssembleConfig:
     """Options of ``dery assemble``; those of ``options`` and the seed belong to the artifact.
@@ -223,6 +240,7 @@ class AssembleConfig:
         proxy_batches: Of the few images that all proxies but the probe look at.
         proxy_batch_size: Likewise.
         require_optimal: Fail where the program's optimum is not proven in ``max_seconds``.
+        explain: Say why this network was picked; it changes nothing of the answer.
     """
 
     budget: Budget = Budget()
@@ -256,6 +274,7 @@ class AssembleConfig:
     max_seconds: float | None = None
     seed: int = 0
     require_optimal: bool = False
+    explain: bool = False
     device: str | None = None
     workers: int = 0
 
@@ -280,6 +299,8 @@ class AssembleConfig:
         check_one_of("--stem", self.stem, tuple(StemKind))
         check_one_of("--draw", self.draw, DRAWS)
         self._check_paper()
+        beside = {"--space paper": self.space == "paper", "--blocks": self.blocks is not None}
+        check_explain(self.explain, **beside)
         if self.proxy is not None:
             check_one_of("--proxy", self.proxy, tuple(plugin_names(PROXY_GROUP)))
         check_at_least("--proxy-batches", self.proxy_batches)

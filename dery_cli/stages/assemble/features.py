@@ -27,6 +27,7 @@ from dery_cli.data.target import Target
 from dery_cli.errors import DeryError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.io.records import Artifact
+from dery_cli.runtime.devices import FP32, Arithmetic
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.assemble.features_store import (
     DonorFeatures,
@@ -109,6 +110,47 @@ def score_target(
     return store.write_joints(wanted, arrays)
 
 
+def probe_donors(
+    terminal: Terminal,
+    space: Workspace,
+    zoo: Zoo,
+    donors: DonorPool,
+    target: Target,
+    images: ImageStore,
+    *,
+    digest: str,
+    seed: int,
+    precision: str = FP32,
+) -> dict[str, list[tuple[float, float]]]:
+    """What a linear probe at each node of each donor makes of a labelled target.
+
+    Those of single precision are the very ones that ``score_target`` starts from: whichever comes
+    second finds them. Other precisions are kept apart. The caller holds the workspace's lock.
+
+    Args:
+        terminal: Gets the progress.
+        space: Where features and probes are kept.
+        zoo: The donors.
+        donors: The same, dissected.
+        target: Its images, labelled.
+        images: Has them decoded.
+        digest: The images' fingerprint.
+        seed: Of the choice of images.
+        precision: Of the forward passes: ``fp32``, ``bf16`` or ``fp16``.
+
+    Returns:
+        (accuracy, cross-entropy in nats), both cross-validated, of nodes 1, 2, ..., by donor.
+
+    Raises:
+        DeryError: A donor gives NaN or infinite features; a file cannot be written.
+    """
+    name = target_name(target, digest, seed)
+    store = TargetStore(space, name if precision == FP32 else f"{name}-{precision}")
+    looker = _Looker(terminal, store, zoo, donors, target, images, digest, precision)
+    found = looker.features(looker.labels(seed))
+    return {donor: features.probes for donor, features in found.items()}
+
+
 def target_bytes(zoo: Zoo, images: int, num_classes: int | None) -> int:
     """Bytes that features, probes and scores of a target take on disk, headers aside."""
     classes = num_classes or pseudo_classes(images)
@@ -128,6 +170,7 @@ class _Looker:
     target: Target
     images: ImageStore
     digest: str
+    precision: str = FP32
 
     def labels(self, seed: int) -> _Labels:
         """The target's labels; without any, clusters of the pre-logits of the largest donor.
@@ -163,7 +206,9 @@ class _Looker:
     def features(self, labels: _Labels) -> dict[str, DonorFeatures]:
         """Of every donor, in the order of the zoo: those that are there, the others computed."""
         wanted = {
-            name: features_artifact(donor, self.target, self.digest, labels.count, labels.pseudo)
+            name: features_artifact(
+                donor, self.target, self.digest, labels.count, labels.pseudo, self.precision
+            )
             for name, donor in self.zoo.donors.items()
         }
         found = {name: self.store.features(self.zoo[name], w) for name, w in wanted.items()}
@@ -196,11 +241,12 @@ class _Looker:
         dissection = self.donors[donor.name]
         nodes = dissection.anatomy.nodes
         parts: list[list[Tensor]] = [[] for _ in nodes]
-        with torch.inference_mode():
+        arithmetic = Arithmetic(device=self.target.device, precision=self.precision)
+        with torch.inference_mode(), arithmetic.computing():
             for x_NCHW in self.images.view(donor.input, self.target.indices):
                 for node, raw in zip(nodes, dissection.features(x_NCHW), strict=True):
                     if node.index:
-                        parts[node.index].append(probe_features(raw, node))
+                        parts[node.index].append(probe_features(raw.float(), node))
                 advance(len(x_NCHW))
         features = [torch.cat(some) for some in parts[1:]]
         for node, x_NC in zip(nodes[1:], features, strict=True):

@@ -29,7 +29,18 @@ from dery_cli.io.journal import transaction
 from dery_cli.io.look import Opened
 from dery_cli.io.records import Artifact, Kind, json_sha256
 from dery_cli.io.row_stream import LazyRows
-from dery_cli.io.schema import any_text, boolean, fields, integer, list_of, number, plain_name, row
+from dery_cli.io.schema import (
+    any_text,
+    boolean,
+    fields,
+    integer,
+    list_of,
+    number,
+    one_of,
+    plain_name,
+    row,
+)
+from dery_cli.runtime.devices import FP32, PRECISIONS
 from dery_cli.types import Donor, Node
 from dery_cli.zoo.schemas import COUNT, CROP
 
@@ -40,7 +51,7 @@ FEATURES = Kind(
     name="target-features",
     version=1,
     parents=("weights", "anatomy", "images"),
-    options=fields({**_IMAGES, "classes": integer(2)}),
+    options=fields({**_IMAGES, "classes": integer(2)}, {"precision": one_of(*PRECISIONS[2:])}),
     data=fields(
         {
             "donor": plain_name,
@@ -142,7 +153,12 @@ def target_name(target: Target, digest: str, seed: int) -> str:
 
 
 def features_artifact(
-    donor: Donor, target: Target, digest: str, classes: int, pseudo: Artifact | None
+    donor: Donor,
+    target: Target,
+    digest: str,
+    classes: int,
+    pseudo: Artifact | None,
+    precision: str = FP32,
 ) -> Artifact:
     """The record of a donor's features, before they are there.
 
@@ -152,12 +168,14 @@ def features_artifact(
         digest: Their fingerprint.
         classes: How many there are.
         pseudo: The pseudo-classes that stand for labels.
+        precision: Of the forward passes; named where it is not single.
     """
     known = {} if pseudo is None else {"classes": pseudo.sha256}
+    other = {} if precision == FP32 else {"precision": precision}
     return Artifact(
         kind=FEATURES,
         parents={**_parents(donor, digest), **known},
-        options=_options(target, classes),
+        options={**_options(target, classes), **other},
         data={"donor": donor.name, "images": len(target.indices)},
     )
 

@@ -123,18 +123,59 @@ def _target(
         data = _calibration(terminal, embeddings, config.skip_bad)
     else:
         data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-    split = Split.of(data.train, config.seed)
-    chosen = choose_target(data.train, split, samples=config.target_samples, fit=config.fit_samples)
+    return open_target(
+        terminal,
+        data,
+        samples=config.target_samples,
+        fit=config.fit_samples,
+        crop=embeddings.calibration.crop,
+        batch_size=embeddings.calibration.batch_size,
+        device=config.device,
+        workers=config.workers,
+        seed=config.seed,
+    )
+
+
+def open_target(
+    terminal: Terminal,
+    data: DataSet,
+    *,
+    samples: int,
+    fit: int,
+    crop: float,
+    batch_size: int,
+    device: str | None,
+    workers: int,
+    seed: int,
+) -> tuple[Target, Split]:
+    """A data set as the target of an assembly, and the split that it keeps to.
+
+    Args:
+        terminal: Gets a warning where classes have no image among those that are fitted on.
+        data: The data set.
+        samples: Images that probes and the head are fitted on, at most.
+        fit: Of them, those that stitches are fitted on, at most.
+        crop: Field of view.
+        batch_size: Images a batch.
+        device: As the option names it.
+        workers: Processes that decode.
+        seed: Of the split and the choice.
+
+    Raises:
+        UsageError: No such device.
+    """
+    split = Split.of(data.train, seed)
+    chosen = choose_target(data.train, split, samples=samples, fit=fit)
     _warn_of_missing_classes(terminal, data, chosen)
     target = Target(
         data=data,
         indices=chosen.indices,
         fit_indices=chosen.fit_indices,
         valid_indices=chosen.valid_indices,
-        crop=embeddings.calibration.crop,
-        batch_size=embeddings.calibration.batch_size,
-        device=pick_device(config.device),
-        workers=config.workers,
+        crop=crop,
+        batch_size=batch_size,
+        device=pick_device(device),
+        workers=workers,
     )
     return target, split
 

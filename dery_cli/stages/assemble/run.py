@@ -7,12 +7,12 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dery_cli.errors import DeryError, InfeasibleError
-from dery_cli.io.artifacts import Workspace, read_log, unchanged, write_log, write_record
+from dery_cli.io.artifacts import Workspace, read_log, unchanged, write_log
 from dery_cli.io.files import replace_text
 from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
@@ -28,25 +28,29 @@ from dery_cli.stages.assemble.choose import (
 )
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import time_network
-from dery_cli.stages.assemble.features import score_target
-from dery_cli.stages.assemble.features_store import TargetScores, target_name
-from dery_cli.stages.assemble.free_space import PARTNERS, PathSearch, named_network
+from dery_cli.stages.assemble.free_space import PathSearch, named_network
 from dery_cli.stages.assemble.frontier import frontier_points
-from dery_cli.stages.assemble.learn import Learner, Lesson
+from dery_cli.stages.assemble.learn import Lesson
 from dery_cli.stages.assemble.memo import Memo
 from dery_cli.stages.assemble.model_card import model_card
 from dery_cli.stages.assemble.paper_space import PaperSpace
-from dery_cli.stages.assemble.plan import MOST_BUILDS, allowance, build_cost, planned
+from dery_cli.stages.assemble.plan import planned
 from dery_cli.stages.assemble.prepare import Job, prepare
-from dery_cli.stages.assemble.setting import SearchSpace, Setting, best_of
+from dery_cli.stages.assemble.scores import (
+    LEARNT_FROM,
+    learn_objective,
+    memo_of,
+    score_paper,
+    scored_space,
+)
+from dery_cli.stages.assemble.setting import Setting, best_of
 from dery_cli.stages.assemble.store import (
     CANDIDATES,
     CANDIDATES_FORMAT,
     LOG,
-    SCORES,
     keep_refusal,
 )
-from dery_cli.stages.assemble.terms import PathTerms
+from dery_cli.stages.assemble.why import Explanation, explain_pick
 from dery_cli.stages.partition.store import StoredPartition
 from dery_cli.training.closed_form import CompleteNetwork
 from dery_cli.zoo.networks import MODEL_FILE, describe_network, licences
@@ -62,11 +66,13 @@ class Assembled:
         record: Of the assembly.
         folder: Where it and its weights are.
         latency: What timing the built network gave; None without a budget of latency.
+        explanation: Why it was picked; None where that was not asked.
     """
 
     record: Artifact
     folder: Path
     latency: dict[str, Any] | None
+    explanation: Explanation | None
 
 
 def assemble_network(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Assembled:
@@ -90,9 +96,12 @@ def assemble_network(terminal: Terminal, space: Workspace, config: AssembleConfi
             keep_refusal(space, config.name, why)
             raise
         keep_refusal(space, config.name, None)
+        explanation = explain_pick(job, found) if config.explain else None
     _check_proven(config, found.data["program"])
     log = read_log(path.parent / LOG_FILE, LOG)
-    return Assembled(record=found, folder=path.parent, latency=log.get("latency"))
+    return Assembled(
+        record=found, folder=path.parent, latency=log.get("latency"), explanation=explanation
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,65 +147,6 @@ def _check_proven(config: AssembleConfig, proof: Mapping[str, Any]) -> None:
             "the program's optimum was not proven in the time allowed",
             "raise or leave out --max-seconds",
         )
-
-
-def scored_space(job: Job) -> SearchSpace:
-    """What is searched, its scores computed or taken from their artifacts.
-
-    Raises:
-        InfeasibleError: Nothing is within the budget.
-    """
-    if job.setting.config.space == "paper":
-        assert job.partition is not None
-        paper = PaperSpace(job.setting, job.partition)
-        paper.check_budget()
-        _score_paper(job, paper)
-        return paper
-    free = PathSearch(job.setting)
-    free.check_budget()
-    terms = PathTerms(job.setting.zoo, target_scores(job))
-    free.use_scores(terms.weighted(terms.formula_F))
-    if free.free.dropped is not None:
-        job.terminal.note(
-            f"each node keeps its {PARTNERS} best stitches; the best left out scores "
-            f"{free.free.dropped:.4f}"
-        )
-    return free
-
-
-def target_scores(job: Job) -> TargetScores:
-    """What the target's images say of every node and every pair of nodes."""
-    setting = job.setting
-    return score_target(
-        job.terminal,
-        job.space,
-        setting.zoo,
-        setting.donors,
-        setting.target,
-        setting.images,
-        digest=job.record.parents["target"],
-        seed=setting.config.seed,
-    )
-
-
-def _score_paper(job: Job, paper: PaperSpace) -> None:
-    """Let the paper's program rank by gains and joints, computed or kept."""
-    assert job.partition is not None
-    parents = {n: sha for n, sha in job.record.parents.items() if n != "latency"}
-    wanted = Artifact(
-        kind=SCORES,
-        parents=parents,
-        options={"target_samples": job.record.options["target_samples"]},
-        seed=job.record.seed,
-    )
-    found = unchanged(job.space.scores, wanted)
-    if found is None:
-        with job.terminal.progress("scoring blocks", paper.num_scores) as bar:
-            data = paper.scores(lambda phase: bar.update(bar.done + 1, phase))
-        found = write_record(job.space.scores, dataclasses.replace(wanted, data=data))
-    else:
-        job.terminal.detail("gains and joints are those of an earlier run")
-    paper.use_scores(found.data)
 
 
 def _build_assembly(job: Job) -> Artifact:
@@ -265,13 +215,6 @@ def _predicted(lesson: Lesson | None, entry: Scored) -> float | None:
     return None if lesson is None else lesson.predicted.get(entry.candidate.key)
 
 
-def memo_of(job: Job) -> Memo:
-    """What networks for this target came to."""
-    digest = job.record.parents["target"]
-    name = target_name(job.setting.target, digest, job.setting.config.seed)
-    return Memo(job.space.builds(name), job.setting, digest)
-
-
 def _choose(job: Job, memo: Memo) -> Chosen:
     """What is built and tried, what is proven of the program, and what was learnt."""
     setting, config = job.setting, job.setting.config
@@ -316,10 +259,6 @@ def _choose(job: Job, memo: Memo) -> Chosen:
     return Chosen(choice=choice, proof=proof, lesson=lesson)
 
 
-LEARNT_FROM = "probe"
-"""The proxy that an objective can be learnt from: an accuracy, as the formula foresees one."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
     """What came of building and trying.
@@ -333,23 +272,6 @@ class Chosen:
     choice: Choice
     proof: Proof
     lesson: Lesson | None = None
-
-
-def learn_objective(
-    job: Job, searched: PathSearch, chooser: Chooser, wholes: Sequence[Scored]
-) -> Lesson:
-    """Build within the allowance, learning what to build."""
-    setting = job.setting
-    learner = Learner(
-        job.terminal,
-        searched,
-        PathTerms(setting.zoo, target_scores(job)),
-        build=chooser.score,
-        cost=lambda candidate: build_cost(setting, candidate),
-        before=wholes,
-        seed=setting.config.seed,
-    )
-    return learner.run(allowance(setting) / 2, MOST_BUILDS)
 
 
 NOTHING_SEARCHED: Proof = {
@@ -373,7 +295,7 @@ def _paper_control(job: Job, partition: StoredPartition) -> list[Control]:
     paper = PaperSpace(job.setting, partition)
     if best_of(paper.problem, 1, job.setting.config).best is None:
         return []
-    _score_paper(job, paper)
+    score_paper(job, paper)
     found = best_of(paper.problem, PAPER_TRIES, job.setting.config).assemblies
     return [
         Control(role="best of the paper's space", candidates=[paper.candidate(a) for a in found])

@@ -124,6 +124,37 @@ class PathTerms:
             last_unit_V=np.where(self._index_V > 0, last, 0.0),
         )
 
+    def shares(self, refs: Sequence[BlockRef], weight_F: FloatArray) -> list[tuple[str, float]]:
+        """What each part of a network adds to its weighted sum, in the order of the parts.
+
+        Args:
+            refs: The network.
+            weight_F: Of the terms.
+
+        Returns:
+            Pieces, the stitches between them, and the head, each in words and with its share.
+        """
+        worth, pieces = self.weighted(weight_F), merged(refs)
+        unit_V = worth.unit_V
+        found: list[tuple[str, float]] = []
+        for place, ref in enumerate(pieces):
+            first = self._first[ref.donor]
+            if place:
+                before = pieces[place - 1]
+                source, target = self._first[before.donor] + before.stop, first + ref.start
+                joint = f"stitch from {before.donor}'s node {before.stop} "
+                joint += f"to {ref.donor}'s node {ref.start}"
+                if ref.adapter:
+                    joint = f"adapter at {ref.donor}'s node {ref.start}"
+                found.append((joint, float(worth.stitch_VV[source, target])))
+            if place == len(pieces) - 1:
+                unit_V = unit_V + worth.last_unit_V
+            units = slice(first + ref.start + 1, first + ref.stop + 1)
+            found.append((str(ref), float(unit_V[units].sum())))
+        last = pieces[-1]
+        end = float(worth.head_V[self._first[last.donor] + last.stop])
+        return [*found, (f"head on {last.donor}'s node {last.stop}", end)]
+
     @functools.cached_property
     def _heads(self) -> FloatArray:
         return np.stack([self._scores.accuracy_V, self._lost(self._scores.cross_entropy_V)], 1)

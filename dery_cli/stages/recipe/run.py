@@ -167,23 +167,24 @@ class RecipeRun:
         return self._done(step, WOULD_RUN)
 
     def _asked(self, step: Step, *, known: bool) -> Done:
-        """What the command's own dry run says."""
+        """What the command's own dry run says; it has nothing to explain."""
+        words = [word for word in step.words if word != "--explain"]
         try:
-            found = self._call(inserted(step.words, ["--dry-run"]), True)
+            found = self._call(inserted(words, ["--dry-run"]), True)
         except DeryError as error:
             return self._done(step, WOULD_RUN, words=error.message)
         disk = f"about {show_count(found['bytes'])} bytes of disk"
         if step.command == "embed":
             if known and not found["bytes_per_donor"]:
                 return self._done(step, UP_TO_DATE, result=found)
-            words = f"{found['samples']} images through {len(found['embedded'])} donors, {disk}"
+            told = f"{found['samples']} images through {len(found['embedded'])} donors, {disk}"
         else:
-            words = (
+            told = (
                 f"{found['builds']} networks built and {found['finalists']} tried, about "
                 f"{show_count(found['multiply_adds'])} multiply-adds, roughly "
                 f"{found['seconds'] / 60:.1f} min, {disk}"
             )
-        return self._done(step, WOULD_RUN, words=words, result=found)
+        return self._done(step, WOULD_RUN, words=told, result=found)
 
     def _donors(self, values: Mapping[str, Any]) -> str:
         """What is still to be added to the zoo, and which weights are not at hand."""

@@ -66,6 +66,13 @@ def test_no_line_is_too_wide_and_no_figure_is_cut(width, seed):
                 assert cell in words
 
 
+def test_a_heading_folds_at_its_hyphen_whatever_stands_below():
+    rows = [["demo__resnet.rotation", "0.92", "1.50M", "4 of 10: 0.9333"]]
+    lines = texts(["donor", "cross-entropy", "multiply-adds", "best node"], rows, 58)
+    words = [word for line in lines[:2] for word in line.split()]
+    assert words == ["cross-", "multiply-", "donor", "entropy", "adds", "best", "node"]
+
+
 def test_many_columns_come_in_parts_that_name_their_rows():
     classes = [f"class-{n}" for n in range(40)]
     rows = [[name, *(str(m * 100 + n) for n in range(40))] for m, name in enumerate(classes)]

@@ -221,6 +221,26 @@ def test_n_best_is_brute_force_with_every_wish(block):
     assert 10 < fitting < 40 or block > 0
 
 
+def test_without_a_donor_is_brute_force():
+    fitting, gone = 0, 0
+    for seed in range(40):
+        space = random_space(seed, num_donors=3)
+        wishes = random_wishes(seed, space)
+        stated = path_problem(space, **wishes)
+        for donor in space.donors:
+            fits = sorted(
+                (-path[1], path[2][:2])
+                for path in all_paths(space)
+                if obeys(space, path, wishes) and donor not in {ref.donor for ref in path[0]}
+            )
+            found = n_best(stated.without(donor), 5).assemblies
+            assert [(-a.score, a.costs[:2]) for a in found] == fits[:5]
+            assert all(donor not in {r.donor for r in stated.network(a)} for a in found)
+            fitting, gone = fitting + bool(fits), gone + (not fits)
+    assert fitting > 20
+    assert gone > 20
+
+
 def test_cbc_agrees_with_the_search():
     statuses = set()
     for seed in range(60):

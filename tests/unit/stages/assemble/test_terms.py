@@ -110,3 +110,27 @@ def test_pieces_that_follow_on_each_other_are_one(terms):
     assert split.tolist() == paths.of((BlockRef("a", 0, 4),)).tolist()
     adapted = paths.of((BlockRef("a", 0, 2), BlockRef("a", 2, 4, adapter=True)))
     assert adapted[paths.names.index("adapters")] == 1
+
+
+def test_shares_name_every_part_and_add_up(terms):
+    zoo, paths, scores = terms
+    generator = np.random.default_rng(3)
+    weight_F = generator.normal(size=len(paths.names))
+    problem = stated(zoo, paths.weighted(weight_F))
+    networks = [problem.network(random_feasible(problem.problem, generator)) for _ in range(50)]
+    for refs in networks:
+        shares = paths.shares(refs, weight_F)
+        assert len(shares) == 2 * len(refs)
+        assert sum(value for _, value in shares) == pytest.approx(float(paths.of(refs) @ weight_F))
+    refs = (BlockRef("a", 0, 2), BlockRef("a", 2, 4, adapter=True), BlockRef("b", 1, 3))
+    formula = dict(paths.shares(refs, paths.formula_F))
+    assert list(formula) == [
+        "a[0:2]",
+        "adapter at a's node 2",
+        "a[2:4]",
+        "stitch from a's node 4 to b's node 1",
+        "b[1:3]",
+        "head on b's node 3",
+    ]
+    assert formula["a[2:4]"] == 0
+    assert formula["head on b's node 3"] == scores.accuracy_V[5 + 3]
