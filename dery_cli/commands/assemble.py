@@ -521,6 +521,11 @@ def _show_remarks(terminal: Terminal, found: Assembled) -> None:
             f"{data['builds']['without_score']} of {data['builds']['scored']} networks have no "
             f"score by {data['proxy']['name']} and rank last"
         )
+    if data["builds"].get("too_slow"):
+        terminal.say(
+            f"{data['builds']['too_slow']} networks whose parts sum to the budget took longer as a "
+            "whole and were left out"
+        )
     if data["learning"] is not None:
         _show_learning(terminal, data["learning"])
     if data["network"]["classes"] is None:

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from dery_cli.stages.assemble import build
+from dery_cli.stages.assemble.memo import Memo
 from tests.e2e.conftest import DONORS, edit_json
 
 FEW = ("--effort", "1")
@@ -91,7 +92,7 @@ def test_a_latency_budget(copied, tmp_path):
     assert outcome.json["result"]["frontier"]
 
 
-def test_a_latency_budget_holds_for_all_that_is_built(copied, tmp_path):
+def test_a_latency_budget_holds_for_all_that_is_built(copied, tmp_path, monkeypatch):
     few = ("--include", "demo__mobilenetv3", "--include", "demo__resnext")
     assert copied("assemble", "--pareto", "--max-latency", "2s", *few).code == 0
     units = json.loads((tmp_path / "ws" / "latency.json").read_text())["data"]["units"]
@@ -103,6 +104,26 @@ def test_a_latency_budget_holds_for_all_that_is_built(copied, tmp_path):
     listed = json.loads(path.read_text())["candidates"]
     assert listed
     assert all(entry["latency_ns"] <= budget for entry in listed)
+    # whose parts sum to less than the whole takes is left out
+    first = outcome.json["result"]
+    assert first["latency"]["built_network_ns"] <= budget
+    measured = Memo.whole_latency
+    slow = {first["name"]}
+
+    def told(memo, candidate):
+        return budget + 1 if str(candidate) in slow else min(budget, measured(memo, candidate))
+
+    monkeypatch.setattr(Memo, "whole_latency", told)
+    outcome = copied(*line, "--name", "second")
+    assert outcome.code == 0, outcome.stderr
+    second = outcome.json["result"]
+    assert second["name"] not in slow
+    assert second["builds"]["too_slow"] >= 1
+    assert slow.isdisjoint(row["network"] for row in second["comparison"])
+    monkeypatch.setattr(Memo, "whole_latency", lambda *_: budget + 1000)
+    outcome = copied(*line, "--name", "third")
+    assert outcome.code == 3
+    assert "runs in that time as a whole" in outcome.json["error"]["message"]
 
 
 @pytest.mark.slow

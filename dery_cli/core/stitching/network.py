@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -143,6 +144,42 @@ class AssembledNetwork(nn.Module):
         """Normalised images (N, C, H, W) to logits (N, classes)."""
         x = self.forward_features(x)
         return x if self.head is None else self.head(x)
+
+
+def unfitted_network(
+    donors: Donors,
+    refs: Sequence[BlockRef],
+    *,
+    kind: StitchKind,
+    stem: StemKind,
+    num_classes: int | None,
+) -> AssembledNetwork:
+    """The network of these blocks with stitches and head as they are drawn, in eval mode.
+
+    Its blocks are the donors' own: for what follows from shapes alone, such as time.
+
+    Args:
+        donors: Dissected donors by name, on one device.
+        refs: Blocks in order.
+        kind: What stitches are made of.
+        stem: What the network begins with.
+        num_classes: Of the head; None leaves it out.
+    """
+    ends = [donors[ref.donor].anatomy.nodes for ref in refs]
+    blocks = [donors[ref.donor].block(ref.start, ref.stop) for ref in refs]
+    stitches: list[Stitch | None] = [None]
+    with seeded(0):
+        for before, after in itertools.pairwise(range(len(refs))):
+            joined = needs_stitch(refs[before], refs[after])
+            source, target = ends[before][refs[before].stop], ends[after][refs[after].start]
+            stitches.append(Stitch(source, target, kind) if joined else None)
+        fresh = None
+        if stem is not StemKind.DONOR:
+            fresh = Stem(ends[0][0], ends[0][1])
+            blocks[0] = after_stem(donors[refs[0].donor], refs[0].stop)
+        end = ends[-1][refs[-1].stop]
+        head = None if num_classes is None else nn.Linear(head_inputs(end), num_classes)
+    return AssembledNetwork(blocks, stitches, head, ending_pool(end), fresh).eval()
 
 
 Batches = Callable[[], Iterable[Tensor]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dery_cli.core.assembly.notation import format_network, merged
@@ -130,17 +130,25 @@ MOST_OF_A_SEQUENCE = 2
 """Finalists of one sequence of donors."""
 
 
-def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
-    """The first ``count``, of each sequence of donors the first two, and the first whole model."""
+def finalists(
+    scored: Sequence[Scored], count: int, admits: Callable[[Scored], bool] = lambda _: True
+) -> list[Scored]:
+    """The first ``count``, of each sequence of donors the first two, and the first whole model.
+
+    Args:
+        scored: To choose from.
+        count: So many, and perhaps the whole model.
+        admits: Whether one may be a finalist; asked only of those that would be.
+    """
     order = ranked(scored)
     taken: dict[tuple[str, ...], int] = {}
     chosen: list[Scored] = []
     for entry in order:
         sequence = entry.candidate.sequence
-        taken[sequence] = taken.get(sequence, 0) + 1
-        if taken[sequence] <= MOST_OF_A_SEQUENCE and len(chosen) < count:
+        if taken.get(sequence, 0) < MOST_OF_A_SEQUENCE and len(chosen) < count and admits(entry):
+            taken[sequence] = taken.get(sequence, 0) + 1
             chosen.append(entry)
-    whole = next((entry for entry in order if entry.candidate.whole), None)
+    whole = next((entry for entry in order if entry.candidate.whole and admits(entry)), None)
     return chosen if whole is None or whole in chosen else [*chosen, whole]
 
 

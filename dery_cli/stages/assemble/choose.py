@@ -10,9 +10,17 @@ import numpy as np
 
 from dery_cli.core.assembly.frontier import random_feasible
 from dery_cli.core.assembly.notation import merged
-from dery_cli.errors import DeryError
+from dery_cli.errors import DeryError, InfeasibleError
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.stages.assemble.candidates import Candidate, Scored, finalists, pick, unique
+from dery_cli.sizes import show_time
+from dery_cli.stages.assemble.candidates import (
+    Candidate,
+    Scored,
+    finalists,
+    pick,
+    ranked,
+    unique,
+)
 from dery_cli.stages.assemble.memo import Memo
 from dery_cli.stages.assemble.setting import SearchSpace, Setting
 from dery_cli.types import BlockRef
@@ -32,11 +40,14 @@ class Choice:
         scored: All that was built.
         compared: The pick, then the controls, each with its role.
         tried: How many were tried on images that they were not fitted on.
+        too_slow: How many were timed as a whole and left out, though their parts sum to less than
+            the budget.
     """
 
     scored: list[Scored]
     compared: list[tuple[str, Scored]]
     tried: int
+    too_slow: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +76,7 @@ class Chooser:
     def __init__(self, terminal: Terminal, setting: Setting, proxy: str, memo: Memo) -> None:
         self._terminal, self._setting, self._memo = terminal, setting, memo
         self._proxy_name, self._proxy = proxy, find_proxy(proxy)
+        self._too_slow: dict[tuple[object, ...], int] = {}
 
     def score(self, candidates: Sequence[Candidate], what: str) -> list[Scored]:
         """Build each with closed-form stitches and ask the proxy."""
@@ -95,6 +107,41 @@ class Chooser:
                 known[candidate.key] = value
         return [dataclasses.replace(e, trial=known[e.candidate.key]) for e in entries]
 
+    def _in_time(self, entry: Scored) -> bool:
+        """Whether a network as a whole holds a budget of latency: the sum of its parts may err.
+
+        Where the parts were measured on another machine their sum stands.
+        """
+        config, key = self._setting.config, entry.candidate.key
+        limit = config.budget.max_latency
+        if limit is None or config.latency_from is not None:
+            return True
+        taken = self._memo.whole_latency(entry.candidate)
+        if taken > limit:
+            self._too_slow[key] = taken
+        return taken <= limit
+
+    def _first_in_time(self, entries: Sequence[Scored]) -> Scored | None:
+        """The first of ``ranked`` that is in time; None where none is."""
+        return next(filter(self._in_time, ranked(entries)), None)
+
+    def _pick(self, entries: Sequence[Scored]) -> Scored:
+        """The first in time.
+
+        Raises:
+            InfeasibleError: There is none.
+        """
+        best = self._first_in_time(entries)
+        if best is None:
+            least = show_time(min(self._too_slow.values()))
+            raise InfeasibleError(
+                f"none of {len(entries)} networks whose parts sum to at most "
+                f"{self._setting.config.budget} runs in that time as a whole: the fastest takes "
+                f"{least}",
+                f"--max-latency {least}, or less work a network: --max-stitches",
+            )
+        return best
+
     def _without_idle_adapters(self, best: Scored) -> tuple[Scored, list[Scored]]:
         """The network without each adapter that does not beat its removal in the same trial.
 
@@ -109,7 +156,9 @@ class Chooser:
                 return best, tried
             entries = self.try_out(self.score(smaller, "building without adapters"))
             tried += entries
-            other = pick(entries)
+            other = self._first_in_time(entries)
+            if other is None:
+                return best, tried
             assert other.trial is not None
             assert best.trial is not None
             if other.trial.cross_entropy > best.trial.cross_entropy:
@@ -154,11 +203,12 @@ class Chooser:
                 built[entry.candidate.key] = entry
         tried = 0
         if num_finalists and self._setting.builder.can_try:
-            last = [*finalists(scored, num_finalists), largest, *(built[c.key] for c in others)]
+            controls_too = filter(self._in_time, [largest, *(built[c.key] for c in others)])
+            last = [*finalists(scored, num_finalists, self._in_time), *controls_too]
             last = list({entry.candidate.key: entry for entry in last}.values())
             built.update({e.candidate.key: e for e in self.try_out(last)})
             tried = len(last)
-        best = built[candidates[0].key] if forced else pick(list(built.values()))
+        best = built[candidates[0].key] if forced else self._pick(list(built.values()))
         if tried and not forced:
             best, more = self._without_idle_adapters(best)
             built.update({entry.candidate.key: entry for entry in more})
@@ -166,11 +216,13 @@ class Chooser:
         everything = list(built.values())
         compared = [(PICKED, best)]
         for control in controls:
-            if control.candidates:
-                entries = [built[c.key] for c in control.candidates]
-                compared.append((control.role, pick(entries)))
+            first = self._first_in_time([built[c.key] for c in control.candidates])
+            if first is not None:
+                compared.append((control.role, first))
         compared.append(("largest candidate", built[largest.candidate.key]))
-        return Choice(scored=everything, compared=compared, tried=tried)
+        return Choice(
+            scored=everything, compared=compared, tried=tried, too_slow=len(self._too_slow)
+        )
 
 
 def without_adapters(refs: Sequence[BlockRef]) -> list[tuple[BlockRef, ...]]:

@@ -15,9 +15,10 @@ from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.probe import Judgement
 from dery_cli.data.samples import fingerprint
 from dery_cli.io.artifacts import made_of_the_same, write_record
-from dery_cli.io.records import Artifact, Kind, json_sha256
+from dery_cli.io.records import Artifact, Kind, canonical_json, json_sha256
 from dery_cli.io.schema import boolean, fields, list_of, number, optional
 from dery_cli.stages.assemble.candidates import Candidate, Scored
+from dery_cli.stages.assemble.costs import latency_options
 from dery_cli.stages.assemble.setting import Setting
 from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.plugin import PROXY_GROUP, is_built_in
@@ -119,6 +120,22 @@ class Memo:
                 "cross_entropy": trial.cross_entropy,
             },
         )
+
+    def whole_latency(self, candidate: Candidate) -> int:
+        """Nanoseconds of a network as a whole: those of an earlier run, or measured and kept.
+
+        A time is never the same twice, and the pick hangs on it.
+        """
+        config, target = self._setting.config, self._setting.target
+        how = latency_options(
+            target.device, self._setting.stitch, config.latency_batch, target.num_classes
+        )
+        wanted = self._wanted(candidate, f"latency, {canonical_json(how)}")
+        found = self._find(wanted)
+        if found is None:
+            found = {"value": float(self._setting.whole_latency(candidate.refs))}
+            self._keep(wanted, found)
+        return int(found["value"])
 
     def test_top1(self, candidate: Candidate) -> float | None:
         """The accuracy on the test images; None where it has to be found."""

@@ -27,7 +27,6 @@ from dery_cli.stages.assemble.choose import (
     whole_controls,
 )
 from dery_cli.stages.assemble.config import AssembleConfig
-from dery_cli.stages.assemble.costs import time_network
 from dery_cli.stages.assemble.free_space import PathSearch, named_network
 from dery_cli.stages.assemble.frontier import frontier_points
 from dery_cli.stages.assemble.learn import Lesson
@@ -175,7 +174,7 @@ def _build_assembly(job: Job) -> Artifact:
             bar.advance()
     input_shape = _input_shape(setting, best)
     check_size(built.network, best.candidate, input_shape, config.memory_batch)
-    timing = _time_whole(setting, best.candidate, built.network, input_shape)
+    timing = _timing(setting, memo, best.candidate)
     data = {
         **_describe(setting, best, built),
         "proxy": {"name": job.proxy, "score": rows[0]["proxy"]},
@@ -185,6 +184,7 @@ def _build_assembly(job: Job) -> Artifact:
             "scored": len(choice.scored),
             "tried": choice.tried,
             "without_score": sum(not math.isfinite(entry.proxy) for entry in choice.scored),
+            "too_slow": choice.too_slow,
         },
         "learning": None if lesson is None else lesson.to_json(config.seed),
         "licenses": licences(setting.zoo, best.candidate.refs),
@@ -335,19 +335,16 @@ def _describe(setting: Setting, best: Scored, built: CompleteNetwork) -> dict[st
     }
 
 
-def _time_whole(
-    setting: Setting, chosen: Candidate, network: Any, input_shape: tuple[int, ...]
-) -> dict[str, Any] | None:
-    """The built network's own latency beside the sum of its parts.
+def _timing(setting: Setting, memo: Memo, chosen: Candidate) -> dict[str, Any] | None:
+    """The network's own latency beside the sum of its parts.
 
     None without a budget, and where the parts were measured elsewhere.
     """
     if chosen.latency is None or setting.config.latency_from is not None:
         return None
-    batch_size = setting.config.latency_batch
-    measured = time_network(network, input_shape, setting.target.device, batch_size)
+    measured = memo.whole_latency(chosen)
     return {
-        "batch_size": batch_size,
+        "batch_size": setting.config.latency_batch,
         "sum_of_parts_ns": chosen.latency,
         "built_network_ns": measured,
         "additive_error": chosen.latency / measured - 1,

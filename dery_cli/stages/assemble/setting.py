@@ -10,6 +10,7 @@ from typing import Protocol
 from dery_cli.core.assembly.problem import Assembly, AssemblyProblem
 from dery_cli.core.assembly.search import SearchResult, n_best
 from dery_cli.core.assembly.solve import cross_check, solve
+from dery_cli.core.stitching.network import unfitted_network
 from dery_cli.core.stitching.stem import with_fresh_stem
 from dery_cli.data.batches import ImageStore
 from dery_cli.data.samples import Split
@@ -18,7 +19,12 @@ from dery_cli.io.artifacts import Workspace
 from dery_cli.stages.assemble.build import Builder
 from dery_cli.stages.assemble.candidates import Candidate, Proof
 from dery_cli.stages.assemble.config import AssembleConfig
-from dery_cli.stages.assemble.costs import LatencyTable, MemoryTable, measure_latency
+from dery_cli.stages.assemble.costs import (
+    LatencyTable,
+    MemoryTable,
+    measure_latency,
+    time_network,
+)
 from dery_cli.stages.embed.store import Embeddings
 from dery_cli.types import BlockRef, StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
@@ -89,6 +95,19 @@ class Setting:
             num_classes=self.num_classes,
             advance=advance,
         )
+
+    def whole_latency(self, refs: Sequence[BlockRef]) -> int:
+        """Nanoseconds of a network as a whole, measured now; what stitches hold is all one to it.
+
+        Args:
+            refs: Its blocks in order.
+        """
+        spec, device = self.zoo[refs[0].donor].input, self.target.device
+        network = unfitted_network(
+            self.donors, refs, kind=self.stitch, stem=self.stem, num_classes=self.num_classes
+        )
+        shape = (spec.in_chans, *spec.image_size)
+        return time_network(network.to(device), shape, device, self.config.latency_batch)
 
     def use_memory(self) -> None:
         """Let memory count."""

@@ -92,7 +92,9 @@ ASSEMBLY = dataclasses.replace(
                     "score": SCORE,
                 }
             ),
-            "builds": fields({"scored": COUNT, "tried": COUNT}, {"without_score": COUNT}),
+            "builds": fields(
+                {"scored": COUNT, "tried": COUNT}, {"without_score": COUNT, "too_slow": COUNT}
+            ),
             "learning": optional(_LEARNING),
             "licenses": mapping(list_of(plain_name, least=1)),
             "comparison": list_of(
