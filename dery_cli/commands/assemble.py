@@ -316,6 +316,8 @@ def assemble(
     of them are built and ranked by a training-free proxy; the first of these are made on a part of
     the target's training images and tried on the rest, beside fair controls, which decides. The
     result works untrained.
+
+    For example: dery assemble --max-params 30M --max-flops 5G --explain
     """
     gone = {"candidates": candidates, "finalists": finalists, "joint-weight": joint_weight}
     for option in [option for option, value in gone.items() if value is not None]:

@@ -45,6 +45,8 @@ def check(
     params and multiply-adds add up; it trains as a whole and in blocks alike; its weights survive
     a file. Exit code 1 if any check fails. A model that cannot be cut is reported as 'whole only':
     it serves as a whole donor.
+
+    For example: dery zoo check timm/resnet18
     """
     config = CheckConfig(specs=tuple(specs or ()), all_of=all_of, image_size=image_size)
     reports = check_models(terminal, config)

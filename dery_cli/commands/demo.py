@@ -45,6 +45,8 @@ def demo(
     names one, and compares the assembly, under the same budget and with the same labels and
     updates, with the best whole donor (plain, and cut and stitched to itself), with the best slice
     of one donor, and with its own architecture from scratch.
+
+    For example: dery demo --max-params 300k
     """
     config = DemoConfig(max_params=max_params, steps=steps, seed=seed, device=device)
     folder = workspace or Path(tempfile.mkdtemp(prefix="dery-demo-"))

@@ -105,6 +105,8 @@ def embed(
 
     'accelerate launch -m dery_cli embed ...', or torchrun in its place, spreads the batches over
     processes and machines; with the same --threads the files are the same byte for byte.
+
+    For example: dery embed --data photos --samples 1024
     """
     if data is None:
         raise UsageError(

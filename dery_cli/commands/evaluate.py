@@ -47,7 +47,10 @@ def evaluate(
     device: DeviceOption = None,
     workers: WorkersOption = 0,
 ) -> Result:
-    """Report top-1 and top-5 accuracy, accuracy per class, and images per second."""
+    """Report top-1 and top-5 accuracy, accuracy per class, and images per second.
+
+    For example: dery eval runs/default --data photos
+    """
     config = EvaluateConfig(
         data=data,
         skip_bad=skip_bad,

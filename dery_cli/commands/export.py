@@ -62,7 +62,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     workspace: WorkspaceOption = None,
 ) -> Result:
-    """Write a network for another runtime, and compare what is loaded back there on real images."""
+    """Write a network for another runtime, and compare what is loaded back there on real images.
+
+    For example: dery export --to out --format onnx
+    """
     config = ExportConfig(
         to=to,
         format=format,

@@ -75,6 +75,8 @@ def finetune(
     'torchrun --nproc-per-node N -m dery_cli finetune ...', or on several GPUs
     'accelerate launch -m dery_cli finetune ...', shares every batch out among
     N processes.
+
+    For example: dery finetune --epochs 20 --teacher best
     """
     check_search(lr, effort)
     config = make_config(

@@ -54,6 +54,8 @@ def pack(
 
     Copy the folder to a phone, a Jetson or a server, run measure.py there (it needs onnxruntime and
     numpy alone), and bring back the latency.json that it writes: dery assemble --latency-from FILE.
+
+    For example: dery latency pack parts --network default
     """
     config = PackConfig(
         to=folder,

@@ -54,6 +54,8 @@ def partition(
 
     Maximises the summed functional similarity of the blocks with the anchors of their sets, and
     states an upper bound for it over all possible partitions.
+
+    For example: dery partition -K 4 --eps 0.2
     """
     config = PartitionConfig(
         blocks=blocks,

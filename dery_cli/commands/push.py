@@ -36,7 +36,10 @@ def push(
     ] = False,
     workspace: WorkspaceOption = None,
 ) -> Result:
-    """Send a network to the Hugging Face hub, for timm and for dery_cli.load_assembly."""
+    """Send a network to the Hugging Face hub, for timm and for dery_cli.load_assembly.
+
+    For example: dery push default me/my-network --dry-run
+    """
     config = PushConfig(
         repo=repo, private=True if private else None, revision=revision, dry_run=dry_run
     )

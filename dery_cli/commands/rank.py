@@ -54,8 +54,9 @@ def rank(
 
     Nothing else is needed: neither embed nor sim. Accuracy and cross-entropy are cross-validated
     on the target's training images; params and multiply-adds are the whole donor's, with a head
-    for the target. What is computed is kept, and assemble finds it there. For example:
-    dery zoo rank --data photos
+    for the target. What is computed is kept, and assemble finds it there.
+
+    For example: dery zoo rank --data photos
     """
     if data is None:
         raise UsageError(

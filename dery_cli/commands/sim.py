@@ -79,6 +79,8 @@ def sim(
 
     Adding a donor computes only its own pairs. The matrix is similarity/METRIC.safetensors, its
     index the JSON beside it; raw estimates may leave [0, 1], the programs clamp them.
+
+    For example: dery sim --metric cka
     """
     config = SimConfig(
         metric=metric,

@@ -93,6 +93,8 @@ def add(
     with a warning, and the exit code is 1 in the end. A model without a place to cut is registered
     with a warning and serves as a whole. Of weights from --weights or --no-pretrained, licence,
     task and source are unknown unless they are told.
+
+    For example: dery zoo add timm/resnet18.a1_in1k --image-size 160
     """
     config = AddConfig(
         specs=tuple(specs or ()),
@@ -146,7 +148,10 @@ def _row(donor: Donor) -> list[object]:
 @zoo_app.command("list")
 @command
 def list_(terminal: Terminal, workspace: WorkspaceOption = None) -> Result:
-    """List the donors of the zoo, without their classifiers' parameters."""
+    """List the donors of the zoo, without their classifiers' parameters.
+
+    For example: dery zoo list --json
+    """
     zoo = read_zoo(open_workspace(workspace))
     if len(zoo) == 0:
         terminal.say("the zoo is empty; dery zoo add SPEC")
@@ -161,7 +166,10 @@ def show(
     name: Annotated[str, typer.Argument(metavar="DONOR", autocompletion=_completion.donors)],
     workspace: WorkspaceOption = None,
 ) -> Result:
-    """Show a donor's nodes, with layout, shape and the cost of the unit that ends there."""
+    """Show a donor's nodes, with layout, shape and the cost of the unit that ends there.
+
+    For example: dery zoo show resnet18
+    """
     donor = read_zoo(open_workspace(workspace))[name]
     card = donor.card
     terminal.say(f"{donor.name}  ({donor.spec})", style="bold")
@@ -187,7 +195,10 @@ def remove(
     ],
     workspace: WorkspaceOption = None,
 ) -> Result:
-    """Drop donors and their embeddings; what was computed from them becomes stale."""
+    """Drop donors and their embeddings; what was computed from them becomes stale.
+
+    For example: dery zoo remove resnet18
+    """
     gone, zoo = remove_donors(terminal, open_workspace(workspace), names)
     removed = [donor.name for donor in gone]
     terminal.say(f"removed {', '.join(removed)}; {len(zoo)} donors are left")
@@ -208,7 +219,10 @@ def plugins(
         ),
     ] = None,
 ) -> Result:
-    """List the plugins: models, data, metrics and proxies, and what is wrong with the broken."""
+    """List the plugins: models, data, metrics and proxies, and what is wrong with the broken.
+
+    For example: dery zoo plugins --models lite
+    """
     if models is not None:
         plugin = find_plugin(ZOO_GROUP, models, ZooPlugin, what="zoo plugin")
         names = list_models(models, plugin)
