@@ -39,7 +39,8 @@ from dery_cli.stages.assemble.config import (
 )
 
 if TYPE_CHECKING:
-    from dery_cli.stages.assemble.run import Assembled, Frontier
+    from dery_cli.stages.assemble.frontier import Frontier
+    from dery_cli.stages.assemble.run import Assembled
 
 NETWORK_COLUMN = "network: donor[first node:last node]"
 
@@ -399,7 +400,7 @@ def _build(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Res
 
 
 def _trace(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Result:
-    from dery_cli.stages.assemble.run import trace_frontier
+    from dery_cli.stages.assemble.frontier import trace_frontier
 
     frontier = trace_frontier(terminal, folder, config)
     _show_frontier(terminal, frontier, config)

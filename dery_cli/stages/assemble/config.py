@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dery_cli.errors import UsageError
+from dery_cli.errors import DeryError, UsageError
 from dery_cli.sizes import (
     LIMITS,
     check_above,
@@ -342,6 +342,18 @@ class AssembleConfig:
             raise UsageError(
                 f"--blocks is a whole network, so {given[0]} has nothing to choose",
                 f"leave out {given[0]}",
+            )
+
+    def check_proven(self, *, optimal: bool) -> None:
+        """Whether the program's optimum had to be proven, and was not.
+
+        Raises:
+            DeryError: So it is.
+        """
+        if self.require_optimal and not optimal:
+            raise DeryError(
+                "the program's optimum was not proven in the time allowed",
+                "raise or leave out --max-seconds",
             )
 
     def options(self) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from dery_cli.core.training_free.inputs import about
-from dery_cli.data.samples import Split, TargetSamples, choose_target, fingerprint
-from dery_cli.data.sets import DataSet, open_checked
+from dery_cli.data.samples import TargetSamples
+from dery_cli.data.sets import DataSet
 from dery_cli.data.target import Target
-from dery_cli.errors import StaleError, UsageError
 from dery_cli.io.artifacts import Workspace, unchanged, write_record
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import pick_device
@@ -24,13 +22,11 @@ from dery_cli.stages.assemble.costs import (
     latency_options,
     stitches_to_time,
 )
+from dery_cli.stages.assemble.inputs import Inputs, read_inputs
 from dery_cli.stages.assemble.setting import Setting
-from dery_cli.stages.assemble.store import ASSEMBLY, LATENCY
-from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
+from dery_cli.stages.assemble.store import LATENCY
 from dery_cli.stages.latency.store import read_times
-from dery_cli.stages.partition.store import StoredPartition, require_partition
-from dery_cli.zoo.plugin import find_proxy
-from dery_cli.zoo.registry import require_zoo
+from dery_cli.stages.partition.store import StoredPartition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,39 +50,33 @@ class Job:
     proxy: str
 
 
-def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job:
-    """Check the stages before, open the target, and say what the record and the proxy will be."""
-    zoo = require_zoo(space)
-    embeddings = read_embeddings(space, zoo)
-    for warning in embeddings.warnings:
-        terminal.warn(warning)
-    partition = _partition(terminal, space, embeddings, config)
-    target, split = _target(terminal, embeddings, config)
-    proxy = config.proxy or ("naswot" if target.labels is None else "probe")
-    if target.labels is None and reads_labels(proxy):
-        raise UsageError(
-            f"--proxy {proxy} needs labels, which {target.data.spec} has not",
-            "--data with class folders, or --proxy naswot",
-        )
-    parents = {
-        "target": fingerprint(target.data.train, target.all_indices),
-        **{f"embedding/{donor}": sha for donor, sha in embeddings.hashes.items()},
-    }
-    if partition is not None:
-        parents["partition"] = partition.record.sha256
-    record = Artifact(
-        kind=ASSEMBLY,
-        parents=parents,
-        options={
-            **config.options(),
-            "data": target.data.spec,
-            "skip_bad": target.data.skip_bad,
-            "proxy": proxy,
-        },
-        seed=config.seed,
+def prepare(
+    terminal: Terminal, space: Workspace, config: AssembleConfig, inputs: Inputs | None = None
+) -> Job:
+    """What is searched and built with, and what will be recorded; latencies are measured here.
+
+    Args:
+        terminal: Shows progress.
+        space: The workspace.
+        config: Options.
+        inputs: Where they are read already.
+
+    Raises:
+        StaleError: An earlier stage is missing or out of date.
+        UsageError: The options do not suit the target or the device.
+    """
+    inputs = inputs or read_inputs(terminal, space, config)
+    calibration = inputs.embeddings.calibration
+    target = target_of(
+        inputs.data,
+        inputs.chosen,
+        crop=calibration.crop,
+        batch_size=calibration.batch_size,
+        device=config.device,
+        workers=config.workers,
     )
-    setting = Setting(space, embeddings, target, split, config)
-    job = Job(terminal, space, setting, partition, record, proxy)
+    setting = Setting(space, inputs.embeddings, target, inputs.chosen.split, config)
+    job = Job(terminal, space, setting, inputs.partition, inputs.record, inputs.proxy)
     if config.budget.max_latency is not None:
         job = dataclasses.replace(job, record=_with_latency(job))
     if config.budget.max_memory is not None:
@@ -94,80 +84,29 @@ def prepare(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Job
     return job
 
 
-def reads_labels(proxy: str) -> bool:
-    """Whether a proxy says that it needs labels; one of another package need not say."""
-    stated = about(find_proxy(proxy))
-    return stated is not None and stated.reads_labels
-
-
-def _partition(
-    terminal: Terminal, space: Workspace, embeddings: Embeddings, config: AssembleConfig
-) -> StoredPartition | None:
-    """The partition, which the paper's space needs, and the free space takes a control from."""
-    if config.space == "paper":
-        return require_partition(space, embeddings)
-    if config.blocks is not None:
-        return None
-    try:
-        return require_partition(space, embeddings)
-    except StaleError as error:
-        terminal.note(f"{error.message}: the best of the paper's space is left out")
-        return None
-
-
-def _target(
-    terminal: Terminal, embeddings: Embeddings, config: AssembleConfig
-) -> tuple[Target, Split]:
-    """The target's images, and the split that they keep to."""
-    if config.data is None:
-        data = _calibration(terminal, embeddings, config.skip_bad)
-    else:
-        data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-    return open_target(
-        terminal,
-        data,
-        samples=config.target_samples,
-        fit=config.fit_samples,
-        crop=embeddings.calibration.crop,
-        batch_size=embeddings.calibration.batch_size,
-        device=config.device,
-        workers=config.workers,
-        seed=config.seed,
-    )
-
-
-def open_target(
-    terminal: Terminal,
+def target_of(
     data: DataSet,
+    chosen: TargetSamples,
     *,
-    samples: int,
-    fit: int,
     crop: float,
     batch_size: int,
     device: str | None,
     workers: int,
-    seed: int,
-) -> tuple[Target, Split]:
-    """A data set as the target of an assembly, and the split that it keeps to.
+) -> Target:
+    """Images of a data set as the target of an assembly.
 
     Args:
-        terminal: Gets a warning where classes have no image among those that are fitted on.
         data: The data set.
-        samples: Images that probes and the head are fitted on, at most.
-        fit: Of them, those that stitches are fitted on, at most.
+        chosen: Which of its images are used for what.
         crop: Field of view.
         batch_size: Images a batch.
         device: As the option names it.
         workers: Processes that decode.
-        seed: Of the split and the choice.
 
     Raises:
         UsageError: No such device.
     """
-    split = Split.of(data.train, seed)
-    chosen = choose_target(data.train, split, samples=samples, fit=fit)
-    _warn_of_missing_classes(terminal, data, chosen)
-    target = Target(
+    return Target(
         data=data,
         indices=chosen.indices,
         fit_indices=chosen.fit_indices,
@@ -177,34 +116,6 @@ def open_target(
         device=pick_device(device),
         workers=workers,
     )
-    return target, split
-
-
-def _warn_of_missing_classes(terminal: Terminal, data: DataSet, chosen: TargetSamples) -> None:
-    """Say which classes the head cannot know: no image of theirs is among those it is fitted on."""
-    labels, classes = data.train.labels, data.classes
-    if labels is None or classes is None:
-        return
-    found = {int(labels[index]) for index in chosen.indices}
-    missing = [name for label, name in enumerate(classes) if label not in found]
-    if missing:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        terminal.warn(
-            f"{len(missing)} of {len(classes)} classes have no image to fit on ({some}), so the "
-            "network will not know them: raise --target-samples, or add images"
-        )
-
-
-def _calibration(terminal: Terminal, embeddings: Embeddings, skip_bad: bool) -> DataSet:
-    """The data that were embedded, which must be what they were."""
-    used = embeddings.calibration
-    data = open_checked(terminal, used.spec, skip_bad=skip_bad or used.skip_bad)
-    if fingerprint(data.train, used.indices) != used.digest:
-        raise StaleError(
-            f"the images of {used.spec} changed since dery embed",
-            embed_command(dict(embeddings.options), embeddings.seed),
-        )
-    return data
 
 
 def _with_latency(job: Job) -> Artifact:

@@ -12,7 +12,8 @@ from dery_cli.errors import UsageError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.assemble.features import probe_donors
-from dery_cli.stages.assemble.prepare import open_target
+from dery_cli.stages.assemble.inputs import choose_images
+from dery_cli.stages.assemble.prepare import target_of
 from dery_cli.stages.assemble.rank_config import RankConfig
 from dery_cli.types import StitchKind
 from dery_cli.zoo.donors import DonorPool
@@ -87,16 +88,16 @@ def rank_zoo(terminal: Terminal, space: Workspace, config: RankConfig) -> Rankin
             f"the data '{config.data}' have {len(data.train)} training images",
             f"at least {FEWEST} are needed to cross-validate a probe",
         )
-    target, _ = open_target(
-        terminal,
+    chosen = choose_images(
+        terminal, data, samples=config.samples, fit=config.samples, seed=config.seed
+    )
+    target = target_of(
         data,
-        samples=config.samples,
-        fit=config.samples,
+        chosen,
         crop=config.crop,
         batch_size=config.batch_size,
         device=config.device,
         workers=config.workers,
-        seed=config.seed,
     )
     with space.lock(terminal.note):
         probes = probe_donors(

@@ -105,6 +105,7 @@ ASSEMBLY = dataclasses.replace(
         }
     ),
 )
+LOG_FILE = "assembly.log.json"
 LOG = fields(
     {
         "seconds": number(),
