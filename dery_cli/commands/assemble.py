@@ -226,9 +226,10 @@ def assemble(
         str,
         typer.Option(
             "--for",
-            help="What the network is for: finetuned (where there are images enough, a part of "
-            "them is kept apart for finetune to choose on) or untrained (what is delivered is "
-            "fitted on all training images).",
+            help="What the network is for: finetuned (what a short fine-tuning makes of the best "
+            "decides, where --effort pays for it; where there are images enough, a part of them is "
+            "kept apart for finetune to choose on) or untrained (what is delivered is fitted on "
+            "all training images).",
         ),
     ] = AssembleConfig.purpose,
     effort: Annotated[
@@ -236,7 +237,8 @@ def assemble(
         typer.Option(
             "--effort",
             help="Work of building and trying candidates, in passes of all donors over the "
-            "target's images; counted, not timed.",
+            "target's images, and as much again of short fine-tunings for --for finetuned; "
+            "counted, not timed.",
         ),
     ] = AssembleConfig.effort,
     proxy: Annotated[
@@ -423,6 +425,7 @@ def _tell(terminal: Terminal, folder: Workspace, config: AssembleConfig) -> Resu
             ["within the budget", f"about {found.within_budget:,}"],
             ["to build and score", f"{found.builds:,}"],
             ["to try", f"{found.finalists:,}, and controls"],
+            ["to fine-tune shortly", f"{found.tuned:,}"],
             ["multiply-adds", f"about {show_count(found.multiply_adds)}"],
             ["time on this machine", f"roughly {found.seconds / 60:,.1f} min"],
             ["disk", f"about {show_count(found.bytes)} bytes"],
@@ -457,6 +460,7 @@ def _show_comparison(terminal: Terminal, data: Mapping[str, Any]) -> None:
     timed = data["latency_ns"] is not None
     counted = data["memory_bytes"] is not None
     tried = data["held_out"] is not None
+    tuned = any(row.get("tuned") is not None for row in data["comparison"])
     terminal.table(
         f"within {data['budget']}",
         [
@@ -467,6 +471,7 @@ def _show_comparison(terminal: Terminal, data: Mapping[str, Any]) -> None:
             *(["memory"] if counted else []),
             data["proxy"]["name"],
             *(["held out"] if tried else []),
+            *(["tuned"] if tuned else []),
             "joint R2",
             "test top-1 untrained",
         ],
@@ -479,6 +484,7 @@ def _show_comparison(terminal: Terminal, data: Mapping[str, Any]) -> None:
                 *([show_count(row["memory_bytes"])] if counted else []),
                 show_decimals(row["proxy"]),
                 *([show_decimals(row["held_out"])] if tried else []),
+                *([show_decimals(row.get("tuned"))] if tuned else []),
                 show_decimals(row["mean_r2"], 3),
                 show_decimals(row["test_top1"]),
             ]
@@ -511,11 +517,11 @@ def _show_remarks(terminal: Terminal, found: Assembled) -> None:
     if data["program"]["solver"] == "not asked":
         terminal.say(f"nothing was searched: {data['program']['agreement']}")
     elif data["program"]["optimal"]:
-        tried = data["held_out"] is not None
+        decided = "the proxy" if data["held_out"] is None else "held-out images"
+        if data["builds"].get("tuned"):
+            decided += f", after a short fine-tuning of {data['builds']['tuned']} networks,"
         terminal.say(
-            "the program's optimum is proven; "
-            + ("held-out accuracy" if tried else "the proxy")
-            + " chose among its best and the whole models"
+            f"the program's optimum is proven; {decided} chose among its best and the whole models"
         )
     else:
         terminal.warn("time ran out before the program's optimum was proven")

@@ -194,7 +194,7 @@ def try_out(
         advance: Called after each of the ``num_trial_builds`` networks of each recipe.
     """
     parts: list[list[HeldOut]] = [[] for _ in recipes]
-    for kept, asked_N in _divisions(target):
+    for kept, asked_N in divisions(target):
         builder = fitted_on(kept)
         for place, recipe in enumerate(recipes):
             network = builder.for_trial(recipe)
@@ -208,7 +208,7 @@ def try_out(
     return [judge(some, label_N, num_classes) for some in parts]
 
 
-def _divisions(target: Target) -> Iterator[tuple[Target, Tensor]]:
+def divisions(target: Target) -> Iterator[tuple[Target, Tensor]]:
     """What a network is fitted on, and which of ``all_indices`` it is then asked about."""
     count, asked = len(target.all_indices), len(target.valid_indices)
     if asked:

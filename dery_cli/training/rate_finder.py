@@ -140,10 +140,11 @@ class FoundRate:
 
 def with_rate(config: FinetuneConfig, found: FoundRate) -> FinetuneConfig:
     """The configuration of a run that takes the rate found."""
-    return _at(config, found.lr, found.block_lr_scale)
+    return at_rate(config, found.lr, found.block_lr_scale)
 
 
-def _at(config: FinetuneConfig, lr: float, scale: float, **changes: Any) -> FinetuneConfig:
+def at_rate(config: FinetuneConfig, lr: float, scale: float, **changes: Any) -> FinetuneConfig:
+    """The configuration with other rates, and other fields changed."""
     least = min(config.min_lr, lr)
     return dataclasses.replace(config, lr=lr, block_lr_scale=scale, min_lr=least, **changes)
 
@@ -211,9 +212,36 @@ def trial(
         settings: A teacher and other arguments of ``finetune``.
     """
     tried = copy.deepcopy(network)
+    if not short_run(tried, fit, config, folder, classes=classes, device=device, settings=settings):
+        return None
+    PartialState().wait_for_everyone()  # all have read its weights: the next one replaces them
+    return told_right(tried, held_out, device)
+
+
+def short_run(
+    network: nn.Module,
+    fit: Dataset[Any],
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    classes: Sequence[str],
+    device: torch.device,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> bool:
+    """Train a network in place for a few updates; False where its loss rose.
+
+    Args:
+        network: To train.
+        fit: Augmented images to train on.
+        config: How; its ``steps`` are the run's.
+        folder: For its files.
+        classes: Class names.
+        device: Where to compute.
+        settings: Further arguments of ``finetune``.
+    """
     try:
         finetune(
-            tried,
+            network,
             fit,
             None,
             config,
@@ -229,9 +257,8 @@ def trial(
     except DeryError as error:
         if "step" not in (error.details or {}):
             raise
-        return None
-    PartialState().wait_for_everyone()  # all have read its weights: the next one replaces them
-    return told_right(tried, held_out, device)
+        return False
+    return True
 
 
 def told_right(network: nn.Module, images: Dataset[Any], device: torch.device) -> torch.Tensor:
@@ -351,7 +378,7 @@ class _Search:
         if number == len(self._starts):
             self._starts.append(part.start())
             self.right_before.append(told_right(self._starts[-1], part.held_out, self._device))
-        config = _at(self._config, lr, scale, steps=updates, epochs=None, report_every=updates)
+        config = at_rate(self._config, lr, scale, steps=updates, epochs=None, report_every=updates)
         start = self._starts[number]
         end = trial(start, part.fit, part.held_out, config, self._folder, **self._how)
         self.used += updates

@@ -14,6 +14,8 @@ from dery_cli.core.scoring import network_outputs, top1
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.samples import Split
 from dery_cli.data.sets import open_data
+from dery_cli.training import tuned_trial
+from dery_cli.training.tuned_trial import TunedTrials
 from tests.conftest import run_dery
 
 DONORS = ("mobilenetv3", "resnext")
@@ -71,6 +73,27 @@ def test_figures_for_unseen_images_are_at_chance_in_assemble(meaningless):
         assert at_chance(row["test_top1"], CLASSES * TEST), row["role"]
         assert at_chance(row["held_out"], valid), row["role"]
         assert at_chance(row["proxy"], CLASSES * TRAIN - valid), row["role"]
+
+
+def test_fine_tuned_trials_are_asked_about_images_they_have_not_seen(meaningless, monkeypatch):
+    """Few updates, so that the small allowance pays for several networks; what they say decides."""
+    root, _ = meaningless
+    monkeypatch.setattr(tuned_trial, "FEWEST_UPDATES", 2)
+    line = ("assemble", "--max-params", "700k", *EFFORT, "--name", "tuned", "--json")
+    outcome = run_dery(*line, "--workspace", str(root))
+    assert outcome.code == 0, outcome.stderr
+    data = outcome.json["result"]
+    valid = CLASSES * round(0.2 * TRAIN)
+    rows = [row for row in data["comparison"] if row["tuned"] is not None]
+    assert data["builds"]["tuned"] >= len({row["network"] for row in rows}) > 2
+    assert data["comparison"][0]["tuned_loss"] == min(row["tuned_loss"] for row in rows)
+    for row in rows:
+        assert at_chance(row["tuned"], valid), row["role"]
+    monkeypatch.setattr(TunedTrials, "ask", None)  # all is remembered
+    (root / "assemblies" / "tuned" / "assembly.json").unlink()
+    again = run_dery(*line, "--workspace", str(root))
+    assert again.code == 0, again.stderr
+    assert again.json["result"] == data
 
 
 def test_figures_for_unseen_images_are_at_chance_in_finetune(meaningless):

@@ -35,6 +35,7 @@ from dery_cli.training.closed_form import (
     try_out,
 )
 from dery_cli.training.evaluate import evaluate
+from dery_cli.training.tuned_trial import TunedTrial, TunedTrials, trial_config
 from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.donors import DonorPool
 from dery_cli.zoo.plugin import Proxy
@@ -139,6 +140,23 @@ class Builder:
         self._unlabelled = None
         recipes = [_recipe(candidate) for candidate in candidates]
         return try_out(recipes, self.target, self._images, self.zoo, self._fitted_on_part, advance)
+
+    def tune_out(self, entries: Sequence[Scored], advance: Callable[[], None]) -> list[TunedTrial]:
+        """What images say of candidates that were fine-tuned for a few updates without them.
+
+        Args:
+            entries: Candidates that were tried.
+            advance: Called after each.
+        """
+        self._unlabelled = None
+        config = trial_config(self.config.seed, self.config.workers)
+        trials = TunedTrials(self.target, self._images, self.zoo, self._fitted_on_part, config)
+        found = []
+        for entry in entries:
+            assert entry.trial is not None
+            found.append(trials.ask(_recipe(entry.candidate), entry.trial))
+            advance()
+        return found
 
     def _fitted_on_part(self, part: Target) -> FittedBuilder:
         """With labels; what is delivered without the part to choose on is tried as it is."""

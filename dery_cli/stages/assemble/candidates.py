@@ -11,6 +11,7 @@ from dery_cli.core.assembly.notation import format_network, merged
 from dery_cli.core.stitching.fit import StitchFit
 from dery_cli.core.stitching.joint_r2 import joint_score
 from dery_cli.core.stitching.probe import Judgement
+from dery_cli.training.tuned_trial import TunedTrial
 from dery_cli.types import BlockRef
 
 Proof = dict[str, Any]
@@ -67,12 +68,14 @@ class Scored:
         fits: Of the stitches.
         trial: What target images that the complete network was not fitted on say of it; None
             where it was not tried.
+        tuned: What they say after a few updates; None where it was not fine-tuned.
     """
 
     candidate: Candidate
     proxy: float
     fits: tuple[StitchFit | None, ...]
     trial: Judgement | None = None
+    tuned: TunedTrial | None = None
 
     @property
     def held_out(self) -> float | None:
@@ -101,22 +104,28 @@ class Scored:
             "proxy": self.proxy if math.isfinite(self.proxy) else None,
             "held_out": self.held_out,
             "held_out_loss": None if self.trial is None else self.trial.cross_entropy,
+            "tuned": None if self.tuned is None else self.tuned.accuracy,
+            "tuned_loss": None if self.tuned is None else self.tuned.cross_entropy,
             "r2": [None if fit is None else fit.r2 for fit in self.fits],
         }
 
 
 def ranked(scored: Sequence[Scored]) -> list[Scored]:
-    """Those that were tried by their cross-entropy there, then the others by proxy.
+    """Those that were fine-tuned by their cross-entropy, those tried by it, the others by proxy.
 
     On a few hundred images two networks often tell the same number right; how sure they are of it
     foresees better which of them tells more test images right. Ties go to the better proxy, then to
     the smaller network, then to the first by name.
     """
 
-    def order(entry: Scored) -> tuple[float, float, int, int, str]:
-        candidate, trial = entry.candidate, entry.trial
-        lost = math.inf if trial is None else trial.cross_entropy
-        return (lost, -entry.proxy, candidate.params, candidate.flops, str(candidate))
+    def order(entry: Scored) -> tuple[bool, float, float, float, int, int, str]:
+        candidate = entry.candidate
+        tuned, tried = (
+            math.inf if trial is None or trial.cross_entropy is None else trial.cross_entropy
+            for trial in (entry.tuned, entry.trial)
+        )
+        figures = (entry.tuned is None, tuned, tried, -entry.proxy)
+        return (*figures, candidate.params, candidate.flops, str(candidate))
 
     return sorted(scored, key=order)
 

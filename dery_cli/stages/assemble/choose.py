@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from dery_cli.stages.assemble.candidates import (
     unique,
 )
 from dery_cli.stages.assemble.memo import Memo
+from dery_cli.stages.assemble.plan import num_tuned
 from dery_cli.stages.assemble.setting import SearchSpace, Setting
 from dery_cli.types import BlockRef
 from dery_cli.zoo.plugin import find_proxy
@@ -30,6 +31,8 @@ ADAPTERS = 3
 """Places, evenly spread over a whole donor, that an adapter is tried at."""
 
 PICKED = "picked"
+
+Key = tuple[object, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class Choice:
         scored: All that was built.
         compared: The pick, then the controls, each with its role.
         tried: How many were tried on images that they were not fitted on.
+        tuned: How many of those were fine-tuned for it.
         too_slow: How many were timed as a whole and left out, though their parts sum to less than
             the budget.
     """
@@ -47,6 +51,7 @@ class Choice:
     scored: list[Scored]
     compared: list[tuple[str, Scored]]
     tried: int
+    tuned: int
     too_slow: int
 
 
@@ -76,7 +81,7 @@ class Chooser:
     def __init__(self, terminal: Terminal, setting: Setting, proxy: str, memo: Memo) -> None:
         self._terminal, self._setting, self._memo = terminal, setting, memo
         self._proxy_name, self._proxy = proxy, find_proxy(proxy)
-        self._too_slow: dict[tuple[object, ...], int] = {}
+        self._too_slow: dict[Key, int] = {}
 
     def score(self, candidates: Sequence[Candidate], what: str) -> list[Scored]:
         """Build each with closed-form stitches and ask the proxy."""
@@ -106,6 +111,18 @@ class Chooser:
                 self._memo.keep_trial(candidate, value)
                 known[candidate.key] = value
         return [dataclasses.replace(e, trial=known[e.candidate.key]) for e in entries]
+
+    def tune_out(self, entries: Sequence[Scored]) -> list[Scored]:
+        """The same with what a short fine-tuning came to."""
+        known = {entry.candidate.key: self._memo.tuned(entry) for entry in entries}
+        missing = [entry for entry in entries if known[entry.candidate.key] is None]
+        if missing:
+            with self._terminal.progress("fine-tuning the best", len(missing)) as bar:
+                values = self._setting.builder.tune_out(missing, bar.advance)
+            for entry, value in zip(missing, values, strict=True):
+                self._memo.keep_tuned(entry.candidate, value)
+                known[entry.candidate.key] = value
+        return [dataclasses.replace(e, tuned=known[e.candidate.key]) for e in entries]
 
     def _in_time(self, entry: Scored) -> bool:
         """Whether a network as a whole holds a budget of latency: the sum of its parts may err.
@@ -165,24 +182,43 @@ class Chooser:
                 return best, tried
             best = other
 
+    def _worth_tuning(
+        self,
+        best: Scored,
+        built: Mapping[Key, Scored],
+        controls: Sequence[Control],
+        allowance: float,
+    ) -> list[Scored]:
+        """The best so far, the best of each control, then the others in order; none or several."""
+        of_controls = (
+            self._first_in_time([built[c.key] for c in control.candidates]) for control in controls
+        )
+        firsts = [best, *(entry for entry in of_controls if entry is not None)]
+        others = filter(self._in_time, ranked([e for e in built.values() if e.trial is not None]))
+        order = list({entry.candidate.key: entry for entry in [*firsts, *others]}.values())
+        return order[: num_tuned([entry.candidate for entry in order], allowance)]
+
     def choose(
         self,
         candidates: Sequence[Candidate],
         controls: Sequence[Control],
         *,
         num_finalists: int,
+        tuning: float = 0.0,
         forced: bool = False,
     ) -> Choice:
         """The pick and its controls.
 
         The proxy ranks; where the target has labels, the best by it and all controls are tried as
-        they would be delivered, on images that they were not fitted on, which decides.
+        they would be delivered, on images that they were not fitted on. That decides, or where the
+        network is going to be fine-tuned what a short fine-tuning makes of the best of them.
 
         Args:
             candidates: To build.
             controls: To compare with; a control that wins the trial is the pick.
             num_finalists: Best by proxy that are tried; the pick loses every adapter that does not
                 beat its removal there.
+            tuning: Multiply-adds to fine-tune the best with.
             forced: Pick the first candidate, whatever the others come to.
 
         Raises:
@@ -209,10 +245,14 @@ class Chooser:
             built.update({e.candidate.key: e for e in self.try_out(last)})
             tried = len(last)
         best = built[candidates[0].key] if forced else self._pick(list(built.values()))
+        tuned: list[Scored] = []
         if tried and not forced:
             best, more = self._without_idle_adapters(best)
             built.update({entry.candidate.key: entry for entry in more})
             tried += len(more)
+            tuned = self.tune_out(self._worth_tuning(best, built, controls, tuning))
+            built.update({entry.candidate.key: entry for entry in tuned})
+            best = self._pick(tuned) if tuned else best
         everything = list(built.values())
         compared = [(PICKED, best)]
         for control in controls:
@@ -221,7 +261,11 @@ class Chooser:
                 compared.append((control.role, first))
         compared.append(("largest candidate", built[largest.candidate.key]))
         return Choice(
-            scored=everything, compared=compared, tried=tried, too_slow=len(self._too_slow)
+            scored=everything,
+            compared=compared,
+            tried=tried,
+            tuned=len(tuned),
+            too_slow=len(self._too_slow),
         )
 
 

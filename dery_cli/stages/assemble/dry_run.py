@@ -31,6 +31,7 @@ class DryRun:
         within_budget: Of them, about: as many as of networks drawn by the seed.
         builds: Candidates that would be built and scored.
         finalists: Of them, that would be tried.
+        tuned: Of these, that would be fine-tuned for a few updates.
         multiply_adds: Of all that, and of one pass of the donors over the target's images; about.
         seconds: At the speed of one donor on this machine, just timed; rough.
         bytes: On disk, about.
@@ -40,6 +41,7 @@ class DryRun:
     within_budget: int
     builds: int
     finalists: int
+    tuned: int
     multiply_adds: int
     seconds: float
     bytes: int
@@ -74,6 +76,7 @@ def dry_run(terminal: Terminal, space: Workspace, config: AssembleConfig) -> Dry
         within_budget=round(networks * share),
         builds=plan.builds,
         finalists=plan.finalists,
+        tuned=plan.tuned,
         multiply_adds=work,
         seconds=work / _speed(job),
         bytes=4 * largest + (features if config.space == "free" else 0),

@@ -81,6 +81,7 @@ def make_assembly(job: Job) -> Artifact:
             "tried": choice.tried,
             "without_score": sum(not math.isfinite(entry.proxy) for entry in choice.scored),
             "too_slow": choice.too_slow,
+            "tuned": choice.tuned,
         },
         "learning": None if lesson is None else lesson.to_json(config.seed),
         "licenses": licences(setting.zoo, best.candidate.refs),
@@ -151,7 +152,7 @@ def _choose(job: Job, memo: Memo) -> Chosen:
             controls += _paper_control(job, job.partition)
     role = "random path" if config.space == "free" else "random assembly"
     controls += random_control(setting, searched, role)
-    choice = chooser.choose(candidates, controls, num_finalists=plan.finalists)
+    choice = chooser.choose(candidates, controls, num_finalists=plan.finalists, tuning=plan.tuning)
     return Chosen(choice=choice, proof=proof, lesson=lesson)
 
 

@@ -7,6 +7,7 @@ budgets find it too, and a killed run goes on with what it had.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dery_cli.io.schema import boolean, fields, list_of, number, optional
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.costs import latency_options
 from dery_cli.stages.assemble.setting import Setting
+from dery_cli.training.tuned_trial import TunedTrial, trial_config
 from dery_cli.types import StemKind, StitchKind
 from dery_cli.zoo.plugin import PROXY_GROUP, is_built_in
 from dery_cli.zoo.schemas import SCORE
@@ -120,6 +122,25 @@ class Memo:
                 "cross_entropy": trial.cross_entropy,
             },
         )
+
+    def tuned(self, entry: Scored) -> TunedTrial | None:
+        """What fine-tuning it for a few updates came to; None where it has to be done."""
+        found = self._find(self._wanted(entry.candidate, self._tuned))
+        if found is None or found["value"] is None:
+            return None
+        return TunedTrial(accuracy=found["value"], cross_entropy=found.get("cross_entropy"))
+
+    def keep_tuned(self, candidate: Candidate, trial: TunedTrial) -> None:
+        """Remember what a fine-tuned trial came to."""
+        data = {"value": trial.accuracy}
+        if trial.cross_entropy is not None:
+            data["cross_entropy"] = trial.cross_entropy
+        self._keep(self._wanted(candidate, self._tuned), data)
+
+    @functools.cached_property
+    def _tuned(self) -> str:
+        """A short fine-tuning, by its settings; how many load images changes no number."""
+        return f"tuned, {canonical_json(dataclasses.asdict(trial_config(0)))}"
 
     def whole_latency(self, candidate: Candidate) -> int:
         """Nanoseconds of a network as a whole: those of an earlier run, or measured and kept.

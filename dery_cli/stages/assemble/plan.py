@@ -1,8 +1,9 @@
 """How much is built and tried: as much as an allowance of multiply-adds pays for.
 
 The allowance is ``--effort`` passes of all donors over the target's images, a small zoo counting as
-one of ``FEW_DONORS``; half of it is for building and scoring, half for trials. It is
-counted, never timed, so that a slow machine and a fast one build the same networks.
+one of ``FEW_DONORS``; half of it is for building and scoring, half for trials. Where the network is
+going to be fine-tuned, as much again is for short fine-tunings. It is counted, never timed, so that
+a slow machine and a fast one build the same networks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dery_cli.errors import UsageError
 from dery_cli.sizes import show_count
 from dery_cli.stages.assemble.candidates import Candidate
 from dery_cli.stages.assemble.setting import Setting
+from dery_cli.training.tuned_trial import images_seen, trial_config
 
 FEW_DONORS = 12
 """Fewer donors offer fewer networks, but not so many fewer."""
@@ -25,6 +27,9 @@ MOST_BUILDS = 128
 
 MOST_FINALISTS = 32
 """Likewise of those that are tried."""
+
+MOST_TUNED = 12
+"""Likewise of those that are fine-tuned."""
 
 _PASSES_OF_A_FIT = 3
 """Over the images that stitches are fitted on, a build takes about so many passes of its network:
@@ -38,11 +43,15 @@ class Plan:
     Args:
         builds: Candidates that are built and scored.
         finalists: The best of them by proxy that are tried; 0 where the proxy decides.
+        tuned: Of them, that are fine-tuned for a few updates.
+        tuning: Multiply-adds that they may be fine-tuned with.
         work: Multiply-adds of all that, about.
     """
 
     builds: int
     finalists: int
+    tuned: int
+    tuning: float
     work: int
 
 
@@ -64,6 +73,17 @@ def build_cost(setting: Setting, candidate: Candidate) -> int:
     target = setting.target
     passes = len(target.indices) + _PASSES_OF_A_FIT * len(target.fit_indices)
     return candidate.flops * passes
+
+
+def _tuning_cost(candidate: Candidate) -> int:
+    """Multiply-adds of fine-tuning a candidate for a trial."""
+    return candidate.flops * images_seen(trial_config(0))
+
+
+def num_tuned(candidates: Sequence[Candidate], allowance: float) -> int:
+    """How many candidates in their order are fine-tuned: one alone would decide nothing."""
+    count = _affordable([_tuning_cost(one) for one in candidates], allowance, MOST_TUNED)
+    return count if count > 1 else 0
 
 
 def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Plan:
@@ -93,10 +113,16 @@ def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Pl
     finalists = _affordable(tries[:builds], half, MOST_FINALISTS)
     if proxy != "probe" or not builder.can_try:
         finalists = 0
+    tuning = allowance(setting) if finalists and setting.config.purpose == "finetuned" else 0.0
+    tuned = num_tuned(candidates[:finalists], tuning)
     return Plan(
         builds=builds,
         finalists=finalists,
-        work=sum(costs[:builds]) + sum(tries[:finalists]),
+        tuned=tuned,
+        tuning=tuning,
+        work=sum(costs[:builds])
+        + sum(tries[:finalists])
+        + sum(_tuning_cost(c) for c in candidates[:tuned]),
     )
 
 

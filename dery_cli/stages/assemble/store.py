@@ -30,6 +30,7 @@ from dery_cli.zoo.schemas import COUNT, SCORE, network_data
 CANDIDATES_FORMAT = "dery/candidates/3"
 _BLOCK = (plain_name, COUNT, COUNT)
 
+_TUNED: dict[str, Any] = {"tuned": SCORE, "tuned_loss": SCORE}
 _SCORED: dict[str, Any] = {
     "network": any_text,
     "whole": boolean,
@@ -50,7 +51,7 @@ CANDIDATES = fields(
     {
         "schema": one_of(CANDIDATES_FORMAT),
         "proxy": any_text,
-        "candidates": list_of(fields({**_SCORED, "predicted": SCORE}), least=1),
+        "candidates": list_of(fields({**_SCORED, "predicted": SCORE}, _TUNED), least=1),
     }
 )
 """``candidates.json``, a file of the assembly."""
@@ -93,12 +94,13 @@ ASSEMBLY = dataclasses.replace(
                 }
             ),
             "builds": fields(
-                {"scored": COUNT, "tried": COUNT}, {"without_score": COUNT, "too_slow": COUNT}
+                {"scored": COUNT, "tried": COUNT},
+                {"without_score": COUNT, "too_slow": COUNT, "tuned": COUNT},
             ),
             "learning": optional(_LEARNING),
             "licenses": mapping(list_of(plain_name, least=1)),
             "comparison": list_of(
-                fields({"role": any_text, **_SCORED, "mean_r2": SCORE, "test_top1": SCORE}),
+                fields({"role": any_text, **_SCORED, "mean_r2": SCORE, "test_top1": SCORE}, _TUNED),
                 least=1,
             ),
             "test_top1": SCORE,

@@ -16,6 +16,7 @@ from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.choose import ADAPTED, WHOLE, Chooser, Control, whole_controls
 from dery_cli.stages.assemble.config import AssembleConfig, Budget, parse_budgets
 from dery_cli.stages.assemble.memo import Memo
+from dery_cli.training.tuned_trial import TunedTrial, images_seen, trial_config
 from dery_cli.types import BlockRef, InputSpec
 
 
@@ -44,12 +45,18 @@ class Builder:
 
     def __init__(self, proxies, held_out):
         self.proxies, self.trials, self.built, self.tried = proxies, held_out, [], []
+        self.fine_tuned = []
 
     def score(self, candidate, proxy):
         self.built.append(candidate)
         return Scored(
             candidate=candidate, proxy=self.proxies[candidate.refs[0].donor], fits=(None,)
         )
+
+    def tune_out(self, entries, advance):
+        self.fine_tuned += [entry.candidate.refs[0].donor for entry in entries]
+        losses = [TUNED[donor] for donor in self.fine_tuned[-len(entries) :]]
+        return [TunedTrial(accuracy=0.5, cross_entropy=loss) for loss in losses]
 
     def try_out(self, candidates, advance):
         self.tried += candidates
@@ -129,6 +136,29 @@ def test_the_trial_decides_among_the_best_by_proxy_and_all_controls(chooser_of):
     assert {c.refs[0].donor for c in builder.tried} == {"a", "b", "d"}
     assert dict(found.compared)["best slice"].held_out == 0.65
     assert found.tried == 3
+
+
+TUNED = {"a": 0.3, "b": 0.4, "c": 0.2, "d": None}
+"""Cross-entropy after a few updates; d's loss rose."""
+
+
+@pytest.mark.parametrize(
+    ("affords", "tuned", "picked"),
+    [(1, [], "d"), (2, ["d", "c"], "c"), (3, ["d", "c", "b"], "c"), (9, [*"dcba"], "c")],
+)
+def test_where_the_allowance_pays_a_short_fine_tuning_decides(chooser_of, affords, tuned, picked):
+    """The best so far and the controls' first, then the others in order; one decides nothing."""
+    builder = Builder(PROXIES, HELD_OUT | {"d": 0.9})
+    control = Control(role="best slice", candidates=[candidate("c")])
+    each = candidate("a").flops * images_seen(trial_config(0))
+    made = [candidate(n) for n in "abd"]
+    found = chooser_of(builder).choose(made, [control], num_finalists=3, tuning=affords * each)
+    assert builder.fine_tuned == tuned
+    assert found.tuned == len(tuned)
+    assert found.compared[0][1].candidate.refs[0].donor == picked
+    again = chooser_of(builder).choose(made, [control], num_finalists=3, tuning=affords * each)
+    assert builder.fine_tuned == tuned  # remembered, a loss that rose too
+    assert again == found
 
 
 def test_without_finalists_the_proxy_decides(chooser_of):
@@ -263,6 +293,7 @@ class TestPlan:
         assert found.builds == half // build == 19
         assert found.finalists == half // (6 * build)
         assert found.work == found.builds * build + found.finalists * 6 * build
+        assert found.tuned == 0  # the allowance pays for one, which would decide nothing
 
     def test_more_effort_is_more_work_up_to_a_limit(self):
         made = [candidate("a")] * 1000
