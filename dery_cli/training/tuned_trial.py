@@ -1,7 +1,6 @@
 """Networks tried as they will be used: fitted without some images, fine-tuned, asked about these.
 
-What is best untrained is often not what trains best. Seventeen networks of the demo's zoo, built for
-520 letters: see ``bench_tuned.py``.
+What is best untrained is often not what trains best (``tests/bench/bench_tuned.py``).
 """
 
 from __future__ import annotations

@@ -31,6 +31,10 @@ MOST_FINALISTS = 32
 MOST_TUNED = 12
 """Likewise of those that are fine-tuned."""
 
+CONTROLS = 8
+"""Networks that are built and tried beside these, about: whole donors, adapters, a slice and more.
+They are always; the allowance is for candidates."""
+
 _PASSES_OF_A_FIT = 3
 """Over the images that stitches are fitted on, a build takes about so many passes of its network:
 what it delivers, what the donors have there, and batch norm anew."""
@@ -45,7 +49,7 @@ class Plan:
         finalists: The best of them by proxy that are tried; 0 where the proxy decides.
         tuned: Of them, that are fine-tuned for a few updates.
         tuning: Multiply-adds that they may be fine-tuned with.
-        work: Multiply-adds of all that, about.
+        work: Multiply-adds of all that and of controls, about.
     """
 
     builds: int
@@ -122,6 +126,7 @@ def planned(setting: Setting, candidates: Sequence[Candidate], proxy: str) -> Pl
         tuning=tuning,
         work=sum(costs[:builds])
         + sum(tries[:finalists])
+        + CONTROLS * (costs[0] + (tries[0] if finalists else 0))
         + sum(_tuning_cost(c) for c in candidates[:tuned]),
     )
 

@@ -292,7 +292,8 @@ class TestPlan:
         build = 10 * (100 + 3 * 50)
         assert found.builds == half // build == 19
         assert found.finalists == half // (6 * build)
-        assert found.work == found.builds * build + found.finalists * 6 * build
+        tried = found.finalists + plan.CONTROLS
+        assert found.work == (found.builds + plan.CONTROLS) * build + tried * 6 * build
         assert found.tuned == 0  # the allowance pays for one, which would decide nothing
 
     def test_more_effort_is_more_work_up_to_a_limit(self):
