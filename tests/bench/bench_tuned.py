@@ -4,7 +4,8 @@ Networks are drawn by seed from all paths of none to three stitches through the 
 within a budget. Each is built without a third of the training images and asked about these as it
 is, and after 48 and 96 updates at the default recipe's rate and a third of it; then built on all of
 them and fine-tuned for the recipe's 30 epochs. Printed is Kendall's tau of each figure with the
-accuracy on test images after that. ``assemble --for finetuned`` chooses by 48 updates at a third of the rate.
+accuracy on test images after that. ``assemble --for finetuned`` chooses by 48 updates at a third of
+the rate.
 
     python tests/bench/letters.py DIR
     python tests/bench/bench_tuned.py --letters DIR [--count 16] [--max-params 900k]

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import nn
 
 from tests.conftest import run_dery
+from tests.pages import PAGES, README
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGES, re.MULTILINE | re.DOTALL)
 SHORT = {
     "embed": "--samples 60",
     "partition": "--restarts 10",

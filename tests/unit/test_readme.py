@@ -14,9 +14,9 @@ import typer
 from dery_cli import cli
 from dery_cli.commands._options import Checked, checking
 from tests.conftest import make_images, run_dery
+from tests.pages import PAGES
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
 BENCHES = ROOT / "tests" / "bench"
 DERY = typer.main.get_command(cli.app)
 AT_ONCE = {"demo", "init", "zoo check", "zoo plugins"}
@@ -30,13 +30,13 @@ INSTALLED = "pipx install dery-cli"
 
 def indented() -> list[str]:
     """The command lines of README that stand by themselves; its tree of files is none."""
-    text = re.sub(r"^```.*?^```$", "", README.partition("\n## Files")[0], flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```$", "", PAGES.partition("\n## Files")[0], flags=re.M | re.S)
     return [re.split(r"\s+#", line)[0] for line in re.findall(r"^    (\w.*)$", text, re.M)]
 
 
 def shown() -> list[str]:
     """Those, and what stands between backticks and begins like a command."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S).replace("\n", " ")
+    text = re.sub(r"^```.*?^```$", "", PAGES, flags=re.M | re.S).replace("\n", " ")
     ticked = re.findall(r"`([a-z_/-]+(?:\.py)? [^`]+)`", text)
     lines = [one.strip() for line in [*indented(), *ticked] for one in line.split(";")]
     return list(dict.fromkeys(line for line in lines if line.startswith(COMMANDS)))
@@ -121,7 +121,7 @@ def test_benches_that_readme_names_have_those_options(line):
 
 def test_what_else_readme_shows_is_there():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = re.findall(r"dery-cli\[(\w+)\]", README)
+    extras = re.findall(r"dery-cli\[(\w+)\]", PAGES)
     assert set(extras) <= told["project"]["optional-dependencies"].keys()
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {line.split()[1] for line in starting("make ")} <= set(targets)
