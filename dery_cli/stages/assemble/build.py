@@ -8,7 +8,7 @@ trained further where the options say so, and a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -141,22 +141,18 @@ class Builder:
         recipes = [_recipe(candidate) for candidate in candidates]
         return try_out(recipes, self.target, self._images, self.zoo, self._fitted_on_part, advance)
 
-    def tune_out(self, entries: Sequence[Scored], advance: Callable[[], None]) -> list[TunedTrial]:
+    def tune_out(self, entries: Sequence[Scored]) -> Iterator[TunedTrial]:
         """What images say of candidates that were fine-tuned for a few updates without them.
 
         Args:
-            entries: Candidates that were tried.
-            advance: Called after each.
+            entries: Candidates that were tried; one after the other.
         """
         self._unlabelled = None
         config = trial_config(self.config.seed, self.config.workers)
         trials = TunedTrials(self.target, self._images, self.zoo, self._fitted_on_part, config)
-        found = []
         for entry in entries:
             assert entry.trial is not None
-            found.append(trials.ask(_recipe(entry.candidate), entry.trial))
-            advance()
-        return found
+            yield trials.ask(_recipe(entry.candidate), entry.trial)
 
     def _fitted_on_part(self, part: Target) -> FittedBuilder:
         """With labels; what is delivered without the part to choose on is tried as it is."""

@@ -117,11 +117,12 @@ class Chooser:
         known = {entry.candidate.key: self._memo.tuned(entry) for entry in entries}
         missing = [entry for entry in entries if known[entry.candidate.key] is None]
         if missing:
+            values = self._setting.builder.tune_out(missing)
             with self._terminal.progress("fine-tuning the best", len(missing)) as bar:
-                values = self._setting.builder.tune_out(missing, bar.advance)
-            for entry, value in zip(missing, values, strict=True):
-                self._memo.keep_tuned(entry.candidate, value)
-                known[entry.candidate.key] = value
+                for entry, value in zip(missing, values, strict=True):
+                    self._memo.keep_tuned(entry.candidate, value)
+                    known[entry.candidate.key] = value
+                    bar.advance()
         return [dataclasses.replace(e, tuned=known[e.candidate.key]) for e in entries]
 
     def _in_time(self, entry: Scored) -> bool:

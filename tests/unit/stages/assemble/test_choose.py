@@ -53,7 +53,7 @@ class Builder:
             candidate=candidate, proxy=self.proxies[candidate.refs[0].donor], fits=(None,)
         )
 
-    def tune_out(self, entries, advance):
+    def tune_out(self, entries):
         self.fine_tuned += [entry.candidate.refs[0].donor for entry in entries]
         losses = [TUNED[donor] for donor in self.fine_tuned[-len(entries) :]]
         return [TunedTrial(accuracy=0.5, cross_entropy=loss) for loss in losses]
