@@ -23,16 +23,22 @@ from bench_demo import dery
 from scipy.stats import kendalltau
 
 from dery_cli.core.assembly.frontier import random_feasible
+from dery_cli.core.scoring import network_outputs
+from dery_cli.core.stitching.pseudo_labels import pseudo_labels
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.sizes import parse_size
 from dery_cli.stages.assemble.candidates import Candidate
 from dery_cli.stages.assemble.config import AssembleConfig, Budget
+from dery_cli.stages.assemble.features import pseudo_classes
+from dery_cli.stages.assemble.features_store import PseudoClasses
 from dery_cli.stages.assemble.free_space import PathSearch
 from dery_cli.stages.assemble.prepare import prepare
+from dery_cli.stages.assemble.setting import Setting
 from dery_cli.zoo.plugin import PROXY_GROUP, find_proxy, plugin_names
 
 RESAMPLES = 999
+CLUSTERS = "probe of clusters"
 
 
 def main() -> None:
@@ -69,9 +75,13 @@ def measure(space: Workspace, config: AssembleConfig, paths: int) -> None:
             scores[name] = [setting.builder.score(c, proxy).proxy for c in candidates]
             seconds[name] = time.perf_counter() - start
             print(f"scored by {name} in {seconds[name]:.1f} s", flush=True)
+        setting.builder.stand_in = clusters(setting)
+        probe = find_proxy("probe")
+        scores[CLUSTERS] = [setting.builder.score(c, probe).proxy for c in candidates]
+        setting.builder.stand_in = None
         test_B = np.array([setting.builder.test_top1(c, None) for c in candidates])
     print(f"{len(candidates)} networks, test accuracy {test_B.min():.3f} to {test_B.max():.3f}")
-    print(f"{'proxy':<12}{'tau':>8}{'95 %':>18}{'over params':>13}{'no score':>10}")
+    print(f"{'proxy':<18}{'tau':>8}{'95 %':>18}{'over params':>13}{'no score':>10}")
     reference = tau(np.array(scores["params"]), test_B)
     order = sorted(scores, key=lambda name: -tau(np.array(scores[name]), test_B))
     for name in order:
@@ -80,7 +90,17 @@ def measure(space: Workspace, config: AssembleConfig, paths: int) -> None:
         low, high = interval(score_B, test_B)
         missing = sum(not math.isfinite(value) for value in scores[name])
         spread = f"{low:.2f} to {high:.2f}"
-        print(f"{name:<12}{found:>8.3f}{spread:>18}{found - reference:>+13.3f}{missing:>10}")
+        print(f"{name:<18}{found:>8.3f}{spread:>18}{found - reference:>+13.3f}{missing:>10}")
+
+
+def clusters(setting: Setting) -> PseudoClasses:
+    """What stands for labels where there are none: here they are kept from it."""
+    donor = max(setting.zoo.donors.values(), key=lambda d: d.anatomy.params(0, d.anatomy.num_units))
+    whole = setting.donors[donor.name].block(0, donor.anatomy.num_units).eval()
+    x_NC = network_outputs(whole, setting.builder.view(donor.name))
+    count = pseudo_classes(len(setting.target.indices))
+    labels = tuple(pseudo_labels(x_NC, count, setting.config.seed).tolist())
+    return PseudoClasses(labels=labels, count=count, donor=donor.name, sha256="")
 
 
 def drawn(searched: PathSearch, paths: int) -> list[Candidate]:

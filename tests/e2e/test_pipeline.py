@@ -354,7 +354,9 @@ def test_unlabelled_images_give_a_network_without_a_head(copied, tmp_path):
         outcome = copied(*line.split(), "--json")
         assert outcome.code == 0, outcome.stderr
     result = outcome.json["result"]
-    assert result["proxy"]["name"] == "naswot"
+    assert result["proxy"]["name"] == "probe"
+    assert "clusters of images stand for classes" in outcome.stderr
+    assert all(row["held_out"] is None for row in result["comparison"])
     assert result["network"]["classes"] is None
     network, _ = dery_cli.load_assembly(tmp_path / "ws" / "assemblies" / "bare")
     assert network.head is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from dery_cli.errors import DeryError
 from dery_cli.stages.assemble.candidates import Candidate, Scored
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.costs import network_memory
+from dery_cli.stages.assemble.features_store import PseudoClasses
 from dery_cli.training.closed_form import (
     CompleteNetwork,
     FitOptions,
@@ -76,6 +78,7 @@ class Builder:
         self._unlabelled: FittedBuilder | None = self._fitted_on(target, with_labels=False)
         self._final: FittedBuilder | None = None
         self._built: dict[tuple[object, ...], CompleteNetwork] = {}
+        self.stand_in: PseudoClasses | None = None
 
     def _fitted_on(self, target: Target, *, with_labels: bool) -> FittedBuilder:
         return FittedBuilder(
@@ -100,16 +103,18 @@ class Builder:
 
     def proxy_inputs(self, network: AssembledNetwork, donor: str) -> ProxyInputs:
         """All the target's images, and a few: as many of each class, in an order of the seed."""
-        target, config = self.target, self.config
-        labels = target.data.train.labels
+        target, config, stand_in = self.target, self.config, self.stand_in
+        labels: Any = target.data.train.labels
+        if stand_in is not None:
+            labels = dict(zip(target.indices, stand_in.labels, strict=True))
         count = config.proxy_batches * config.proxy_batch_size
         few = choose_samples(target.indices, labels, count, config.seed)
         batches, some = self.view(donor), self._images.view(self.zoo[donor].input, few)
         return ProxyInputs(
             network=network,
             batches=lambda: iter(batches),
-            labels=target.labels,
-            num_classes=target.num_classes,
+            labels=target.labels if stand_in is None else stand_in.labels,
+            num_classes=target.num_classes if stand_in is None else stand_in.count,
             few=lambda: iter(some),
             few_labels=None if labels is None else [int(labels[index]) for index in few],
             num_batches=config.proxy_batches,

@@ -32,6 +32,7 @@ from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.assemble.features_store import (
     DonorFeatures,
     Floats,
+    PseudoClasses,
     TargetScores,
     TargetStore,
     feature_width,
@@ -59,11 +60,25 @@ class _Labels:
         label_N: Of each image.
         count: How many classes there are.
         pseudo: The record of pseudo-classes; None where the images have labels.
+        donor: Whose clusters they are; None likewise.
     """
 
     label_N: Tensor
     count: int
     pseudo: Artifact | None
+    donor: str | None = None
+
+    @property
+    def stand_in(self) -> PseudoClasses | None:
+        """The pseudo-classes, if these are."""
+        if self.pseudo is None or self.donor is None:
+            return None
+        return PseudoClasses(
+            labels=tuple(self.label_N.tolist()),
+            count=self.count,
+            donor=self.donor,
+            sha256=self.pseudo.sha256,
+        )
 
 
 def score_target(
@@ -104,10 +119,11 @@ def score_target(
     found = store.joints(wanted)
     if found is not None:
         terminal.detail("what joints would lose is known of an earlier run")
-        return found
-    with terminal.progress("scoring joints", len(nodes) - len(zoo)) as bar:
-        arrays = _score_joints(features, nodes, labels, bar.advance)
-    return store.write_joints(wanted, arrays)
+    else:
+        with terminal.progress("scoring joints", len(nodes) - len(zoo)) as bar:
+            arrays = _score_joints(features, nodes, labels, bar.advance)
+        found = store.write_joints(wanted, arrays)
+    return dataclasses.replace(found, stand_in=labels.stand_in)
 
 
 def probe_donors(
@@ -187,7 +203,7 @@ class _Looker:
         record = self.store.pseudo(wanted)
         if record is None:
             record = self.store.write_pseudo(wanted, self._clusters(donor, count, seed))
-        return _Labels(torch.tensor(record.data["labels"]), count, record)
+        return _Labels(torch.tensor(record.data["labels"]), count, record, donor.name)
 
     def _clusters(self, donor: Donor, count: int, seed: int) -> list[int]:
         with self.terminal.progress(

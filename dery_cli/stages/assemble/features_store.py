@@ -84,6 +84,23 @@ JOINTS = Kind(
 _JOINTS_FILE = "joints.safetensors"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PseudoClasses:
+    """Clusters of what a donor makes of a target's images: they stand for labels, weakly.
+
+    Args:
+        labels: Of each image that is fitted on, in order.
+        count: How many there are.
+        donor: Whose pre-logits were clustered.
+        sha256: Of their record.
+    """
+
+    labels: tuple[int, ...]
+    count: int
+    donor: str
+    sha256: str
+
+
 @dataclasses.dataclass(frozen=True)
 class TargetScores:
     """What every node of a zoo knows of a target, and what every joint of two nodes would lose.
@@ -101,6 +118,7 @@ class TargetScores:
         num_images: The target's images.
         pseudo: Whether the classes are pseudo-classes, a weak stand-in for labels.
         sha256: Of the artifact.
+        stand_in: The pseudo-classes, where they are.
     """
 
     nodes: tuple[tuple[str, int], ...]
@@ -112,6 +130,7 @@ class TargetScores:
     num_images: int
     pseudo: bool
     sha256: str
+    stand_in: PseudoClasses | None = None
 
     @functools.cached_property
     def row(self) -> Mapping[tuple[str, int], int]:

@@ -61,8 +61,10 @@ def read_inputs(terminal: Terminal, space: Workspace, config: AssembleConfig) ->
         seed=config.seed,
     )
     labelled = data.train.labels is not None
-    proxy = config.proxy or ("probe" if labelled else "naswot")
-    if config.proxy is not None and not labelled and reads_labels(proxy):
+    # in the free space clusters of what a donor makes of the images stand for labels
+    can_probe = labelled or (config.space == "free" and config.blocks is None)
+    proxy = config.proxy or ("probe" if can_probe else "naswot")
+    if config.proxy is not None and not can_probe and reads_labels(proxy):
         raise UsageError(
             f"--proxy {proxy} needs labels, which {data.spec} has not",
             "--data with class folders, or --proxy naswot",

@@ -55,8 +55,10 @@ def make_assembly(job: Job) -> Artifact:
     started = time.monotonic()
     setting, config, target = job.setting, job.setting.config, job.setting.target
     if target.labels is None:
+        guide = "clusters of images stand for classes, a weak guide"
         job.terminal.note(
-            f"{target.data.spec} has no labels: no gains, no head; {job.proxy} decides"
+            f"{target.data.spec} has no labels: no head; "
+            + (guide if job.proxy == LEARNT_FROM else f"{job.proxy} decides")
         )
     memo = memo_of(job)
     chosen = _choose(job, memo)

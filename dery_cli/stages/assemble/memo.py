@@ -97,7 +97,9 @@ class Memo:
         """The proxy, and for all but the probe the few images that it looks at."""
         config = self._setting.config
         few = f", {config.proxy_batches} x {config.proxy_batch_size} images"
-        return f"proxy {proxy}{'' if proxy == 'probe' else few}"
+        stand_in = self._setting.builder.stand_in
+        classes = "" if stand_in is None else f", pseudo-classes {stand_in.sha256}"
+        return f"proxy {proxy}{'' if proxy == 'probe' else few}{classes}"
 
     def trial(self, candidate: Candidate) -> Judgement | None:
         """What trying it came to; None where it has to be tried."""

@@ -39,7 +39,9 @@ def scored_space(job: Job) -> SearchSpace:
         return paper
     free = PathSearch(job.setting)
     free.check_budget()
-    terms = PathTerms(job.setting.zoo, target_scores(job))
+    scores = target_scores(job)
+    job.setting.builder.stand_in = scores.stand_in
+    terms = PathTerms(job.setting.zoo, scores)
     free.use_scores(terms.weighted(terms.formula_F))
     if free.free.dropped is not None:
         job.terminal.note(
