@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ eps = 0.5
 restarts = 20
 [assemble]
 max-params = "700k"
-effort = 2
+effort = 1
 [finetune]
 steps = 8
 batch-size = 32
@@ -59,7 +61,6 @@ def states(outcome) -> list[str]:
     return [step["state"] for step in outcome.json["result"]["steps"]]
 
 
-@pytest.mark.slow
 def test_the_same_recipe_does_nothing_and_a_changed_line_what_depends_on_it(recipe, pipeline):
     assert "steps 8" in STAGES["finetune"]  # the recipe below says the same as the pipeline's lines
     first = recipe()
@@ -83,7 +84,6 @@ def test_a_failed_stage_ends_the_run_with_its_code_and_its_section(recipe):
     assert len(found.json["error"]["details"]["steps"]) == 4
 
 
-@pytest.mark.slow
 def test_what_is_up_to_date_takes_no_torch(recipe, tmp_path):
     whole = recipe()
     assert whole.code == 0
@@ -99,6 +99,44 @@ def test_what_is_up_to_date_takes_no_torch(recipe, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "0 []\n"
+
+
+def test_a_page_is_written_once(copied, pipeline, tmp_path):
+    pytest.importorskip("jinja2")
+    (tmp_path / "recipe.toml").write_text(
+        f'data = "{pipeline.data}"\n[embed]\nbatch-size = 100\n[report]\nto = "page.html"\n'
+    )
+    first = copied("run", "recipe.toml", "--json")
+    assert states(first) == ["up to date", "done"]
+    page = tmp_path / "page.html"
+    before = page.stat().st_mtime_ns
+    assert states(copied("run", "recipe.toml", "--json")) == ["up to date"] * 2
+    assert page.stat().st_mtime_ns == before
+    page.unlink()
+    assert states(copied("run", "recipe.toml", "--json")) == ["up to date", "done"]
+    assert page.is_file()
+
+
+def test_ctrl_c_ends_the_run_and_the_next_goes_on(pipeline, tmp_path):
+    """While images are embedded, which takes a second or two."""
+    (tmp_path / "recipe.toml").write_text(
+        f'data = "{pipeline.data}"\n[zoo]\nspecs = ["demo/resnext", "demo/swin"]\n[embed]\n[sim]\n'
+    )
+    line = [sys.executable, "-m", "dery_cli", "run", "recipe.toml", "--workspace", "own"]
+    with subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (tmp_path / "own" / "embeddings").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("error: interrupted")
+    again = run_dery(*line[3:], "--json", cwd=tmp_path)
+    assert states(again)[0] == "up to date"
+    assert (tmp_path / "own" / "similarity" / "cka.json").is_file()
 
 
 def test_init_writes_a_recipe_that_is_right(tmp_path):
