@@ -349,7 +349,7 @@ def test_unlabelled_images_give_a_network_without_a_head(copied, tmp_path):
         "embed --data ./flat",
         "sim",
         "partition -K 3 --eps 0.5",
-        "assemble --max-params 700k --effort 1 --name bare",
+        "assemble --max-params 700k --effort 1 --name bare --explain",
     ):
         outcome = copied(*line.split(), "--json")
         assert outcome.code == 0, outcome.stderr
@@ -357,6 +357,7 @@ def test_unlabelled_images_give_a_network_without_a_head(copied, tmp_path):
     assert result["proxy"]["name"] == "probe"
     assert "clusters of images stand for classes" in outcome.stderr
     assert all(row["held_out"] is None for row in result["comparison"])
+    assert result["explanation"]["learnt"]
     assert result["network"]["classes"] is None
     network, _ = dery_cli.load_assembly(tmp_path / "ws" / "assemblies" / "bare")
     assert network.head is None

@@ -120,9 +120,9 @@ def explain_pick(job: Job, record: Artifact) -> Explanation:
     """
     setting = job.setting
     chooser = Chooser(job.terminal, setting, job.proxy, memo_of(job))
-    wholes = chooser.score(setting.whole_candidates(), "looking up whole donors")
     searched = scored_space(job)
     assert isinstance(searched, PathSearch)
+    wholes = chooser.score(setting.whole_candidates(), "looking up whole donors")
     learnt = job.proxy == LEARNT_FROM
     if learnt:
         lesson = learn_objective(job, searched, chooser, wholes)
