@@ -80,7 +80,10 @@ def check_distillation(teacher: str | None, logits: float, features: float, give
         UsageError: One is there without the other.
     """
     if teacher is None and given:
-        raise UsageError("distillation needs a teacher", "add --teacher best, or a donor's name")
+        raise UsageError(
+            "--distill-logits, --distill-features and --distill-temperature need a teacher",
+            "add --teacher best, or a donor's name",
+        )
     if teacher is not None and not (logits or features):
         raise UsageError(
             "--teacher with --distill-logits 0 and --distill-features 0 teaches nothing",

@@ -223,7 +223,7 @@ def find_plugin(group: str, name: str, protocol: type[_Plugin], *, what: str = "
     if name not in points:
         close = difflib.get_close_matches(name, points, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(points)}"
-        raise UsageError(f"no such {what}: {name}", hint)
+        raise UsageError(f"no such {what}: {name or repr(name)}", hint)
     return _load(points[name], protocol)
 
 

@@ -55,7 +55,7 @@ from tests.e2e.conftest import edit_json, snapshot
         ("finetune --recipe papr", "no recipe is called 'papr'", "paper"),
         ("finetune --epochs 2 --steps 3", "give either epochs or steps", None),
         ("finetune --valid-fraction 1.5", "--valid-fraction is 1.5", None),
-        ("finetune --distill-logits 0.5", "distillation needs a teacher", "--teacher best"),
+        ("finetune --distill-logits 0.5", "need a teacher", "--teacher best"),
         ("finetune --teacher best --distill-logits 0", "teaches nothing", "above 0"),
         ("finetune --teacher runs/default", "cannot be its own teacher", "--name"),
         ("finetune --donor resnet", "--donor needs --data", "--data SPEC"),

@@ -54,7 +54,7 @@ def test_curves_without_their_package_name_the_command_that_installs_it(monkeypa
 def test_distillation_and_a_teacher_need_each_other():
     check_distillation(None, 0.5, 0.0, given=False)
     check_distillation("best", 0.0, 1.0, given=True)
-    with pytest.raises(UsageError, match="distillation needs a teacher"):
+    with pytest.raises(UsageError, match="--distill-temperature need a teacher"):
         check_distillation(None, 0.5, 0.0, given=True)
     with pytest.raises(UsageError, match="teaches nothing"):
         check_distillation("best", 0.0, 0.0, given=True)
