@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ class Workspace:
     def run(self, name: str) -> Path:
         return self.root / "runs" / _plain(name)
 
+    @property
+    def scratch(self) -> Path:
+        """For files of a trial, which whoever holds the lock next removes."""
+        return self.root / "builds" / ".trial.tmp"
+
     def remove(self, record_path: Path, names: Sequence[str]) -> None:
         """Delete a record first, then the files it named; the caller holds the lock."""
         for path in (record_path, *(record_path.parent / _plain(name) for name in names)):
@@ -205,6 +211,7 @@ class Workspace:
                 folders += tuple(self.root.glob(pattern))
             for folder in folders:
                 tidy(folder)
+            shutil.rmtree(self.scratch, ignore_errors=True)
         except OSError as error:
             raise not_written(self.root, error) from error
 

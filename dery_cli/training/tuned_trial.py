@@ -6,7 +6,7 @@ What is best untrained is often not what trains best (``tests/bench/bench_tuned.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class TunedTrials:
         zoo: The donors.
         fitted_on: A builder with labels for a part of the target.
         config: How to fine-tune.
+        folder: For the files of one after the other; it is removed.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class TunedTrials:
         zoo: Zoo,
         fitted_on: Callable[[Target], FittedBuilder],
         config: FinetuneConfig,
+        folder: Path,
     ) -> None:
         kept, asked_N = next(divisions(target))
         labels = target.data.train.labels
         assert labels is not None
         self._target, self._kept, self._zoo, self._config = target, kept, zoo, config
-        self._images, self._builder = images, fitted_on(kept)
+        self._images, self._builder, self._folder = images, fitted_on(kept), folder
         self._asked = [i for i, of in zip(target.all_indices, asked_N.tolist(), strict=True) if of]
         self._label_N = torch.tensor([int(labels[index]) for index in self._asked])
 
@@ -108,6 +110,9 @@ class TunedTrials:
         augmented = train_transform(spec, config, target.crop)
         fit = as_dataset(ImageDataset(data.train, augmented, self._kept.indices))
         assert data.classes is not None
-        with tempfile.TemporaryDirectory(prefix="dery-trial-") as folder:
-            run = Path(folder) / "run"
-            return short_run(network, fit, config, run, classes=data.classes, device=target.device)
+        try:
+            return short_run(
+                network, fit, config, self._folder, classes=data.classes, device=target.device
+            )
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -14,6 +14,7 @@ from dery_cli.core.scoring import network_outputs, top1
 from dery_cli.data.batches import ImageBatches
 from dery_cli.data.samples import Split
 from dery_cli.data.sets import open_data
+from dery_cli.io.artifacts import Workspace
 from dery_cli.training import tuned_trial
 from dery_cli.training.tuned_trial import TunedTrials
 from tests.conftest import run_dery
@@ -89,6 +90,7 @@ def test_fine_tuned_trials_are_asked_about_images_they_have_not_seen(meaningless
     assert data["comparison"][0]["tuned_loss"] == min(row["tuned_loss"] for row in rows)
     for row in rows:
         assert at_chance(row["tuned"], valid), row["role"]
+    assert not Workspace(root).scratch.exists()
     monkeypatch.setattr(TunedTrials, "ask", None)  # all is remembered
     (root / "assemblies" / "tuned" / "assembly.json").unlink()
     again = run_dery(*line, "--workspace", str(root))

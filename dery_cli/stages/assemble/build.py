@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Builder:
         images: Has the target's images.
         target: Which they are.
         config: Options.
+        scratch: A folder for files of trials, which is removed after each.
     """
 
     def __init__(
@@ -65,9 +67,10 @@ class Builder:
         images: ImageStore,
         target: Target,
         config: AssembleConfig,
+        scratch: Path,
     ) -> None:
         self.zoo, self.donors, self.target, self.config = zoo, donors, target, config
-        self._images = images
+        self._images, self._scratch = images, scratch
         self._options = FitOptions(
             stitch=StitchKind(config.stitch),
             stem=StemKind(config.stem),
@@ -154,7 +157,9 @@ class Builder:
         """
         self._unlabelled = None
         config = trial_config(self.config.seed, self.config.workers)
-        trials = TunedTrials(self.target, self._images, self.zoo, self._fitted_on_part, config)
+        trials = TunedTrials(
+            self.target, self._images, self.zoo, self._fitted_on_part, config, self._scratch
+        )
         for entry in entries:
             assert entry.trial is not None
             yield trials.ask(_recipe(entry.candidate), entry.trial)

@@ -70,7 +70,9 @@ class Setting:
             workers=target.workers,
         )
         self.stitch, self.stem = StitchKind(config.stitch), StemKind(config.stem)
-        self.builder = Builder(self.zoo, self.donors, self.images, target, config)
+        self.builder = Builder(
+            self.zoo, self.donors, self.images, target, config, workspace.scratch
+        )
         self.latency: LatencyTable | None = None
         self.memory: MemoryTable | None = None
 

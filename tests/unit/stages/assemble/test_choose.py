@@ -42,6 +42,7 @@ class Builder:
 
     can_try = True
     trial_builds = 3
+    stand_in = None
 
     def __init__(self, proxies, held_out):
         self.proxies, self.trials, self.built, self.tried = proxies, held_out, [], []
