@@ -179,6 +179,6 @@ def test_options_hold_everything_that_changes_the_answer():
         "metric",
         "max_seconds",
     }
-    others = {"name", "seed", "require_optimal", "device", "workers"}
+    others = {"name", "seed", "require_optimal", "device", "workers", "explain"}
     fields = set(AssembleConfig.__dataclass_fields__) - others
     assert set(AssembleConfig().options()) == fields - {"purpose"} | {"for"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ def builder(seed, *, labelled=True):
     )
     zoo = {"a": types.SimpleNamespace(input=InputSpec(image_size=(1, 1)))}
     config = AssembleConfig(proxy_batches=2, proxy_batch_size=10, seed=seed)
-    return Builder(zoo, None, Images(), target, config)
+    return Builder(zoo, None, Images(), target, config, Path("unused"))
 
 
 def few(seed, **options):
