@@ -98,6 +98,8 @@ def test_the_frontier(copied, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["params"]) for row in rows] == [p["params"] for p in points]
     assert not (tmp_path / "ws" / "assemblies" / "front" / "assembly.json").exists()
+    rows = {row["name"]: row for row in copied("status", "--json").json["result"]["stages"]}
+    assert rows["front"]["state"] == "done"  # and not an assembly that is missing
 
 
 def test_the_best_score_within_a_budget_never_falls_with_it(copied):

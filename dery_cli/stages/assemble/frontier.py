@@ -16,6 +16,7 @@ from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.prepare import prepare
 from dery_cli.stages.assemble.scores import scored_space
 from dery_cli.stages.assemble.setting import SearchSpace
+from dery_cli.stages.assemble.store import FRONTIER_FILE
 
 FRONTIER_POINTS = 24
 
@@ -46,7 +47,7 @@ def trace_frontier(terminal: Terminal, space: Workspace, config: AssembleConfig)
         job = prepare(terminal, space, config)
         searched = scored_space(job)
         points, complete = _points(searched, config)
-        path = space.assembly(config.name).parent / "pareto.csv"
+        path = space.assembly(config.name).parent / FRONTIER_FILE
         timed = [] if job.setting.latency is None else ["latency_ns"]
         columns = ["score", "params", "flops", *timed, "network"]
         table = io.StringIO()

@@ -108,6 +108,9 @@ ASSEMBLY = dataclasses.replace(
     ),
 )
 LOG_FILE = "assembly.log.json"
+FRONTIER_FILE = "pareto.csv"
+"""All that a folder has where the frontier alone was asked for."""
+
 LOG = fields(
     {
         "seconds": number(),

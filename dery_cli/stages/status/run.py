@@ -9,7 +9,7 @@ from pathlib import Path
 from dery_cli.errors import DeryError, StaleError
 from dery_cli.io.artifacts import Workspace, is_there, read_record
 from dery_cli.sizes import show_count, show_decimals
-from dery_cli.stages.assemble.store import ASSEMBLY
+from dery_cli.stages.assemble.store import ASSEMBLY, FRONTIER_FILE
 from dery_cli.stages.embed.store import EMBED_HINT, Embeddings, read_embeddings
 from dery_cli.stages.finetune.store import RUN
 from dery_cli.stages.partition.store import require_partition
@@ -145,6 +145,8 @@ def _network(folder: Path, embeddings: Embeddings) -> Row:
     stage, kind = ("finetune", RUN) if is_run else ("assemble", ASSEMBLY)
     path = folder / f"{kind.name}.json"
     command = made_by(path, kind)
+    if not is_run and not is_there(path) and (folder / FRONTIER_FILE).is_file():
+        return Row(stage=stage, name=folder.name, state=DONE, words=f"a frontier: {FRONTIER_FILE}")
 
     def words() -> str:
         record = read_record(path, kind, missing=f"{folder} is unfinished", hint=command)
