@@ -472,7 +472,7 @@ def _show_comparison(terminal: Terminal, data: Mapping[str, Any]) -> None:
             data["proxy"]["name"],
             *(["held out"] if tried else []),
             "tuned" if tuned else "joint R2",  # 80 columns have no room for both
-            "test top-1 untrained",
+            "test as built",
         ],
         [
             [

@@ -1,8 +1,9 @@
 """Tables as lines of text that fit a width: what is too long folds, and numbers are never cut.
 
 A table that fits is one line a row. Where it does not, its headings fold at words first; then the
-widest column of words folds, or moves to lines of its own below each row (as a network's name
-does); what is left is printed in several parts, each with the first column before it.
+widest column of words folds, or moves to lines of its own: below each row (as a network's name
+does), above it if it is the first (as the path of an image does), whichever takes fewer lines.
+What is left is printed in several parts, each with the first column before it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import NamedTuple
 
 GAP = "  "
 INDENT = "  "
-FOLDS = 2
-"""Lines a cell may take beside its neighbours before it gets lines of its own."""
 _LEAST = 12
 _NUMBER = re.compile(r"-|[+-]?\.?\d\S*( [^\W\d]{1,3})?")
 _HEADING_PIECE = re.compile(r"[^\s-]+-?|-")
@@ -30,11 +29,14 @@ class Line(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Columns side by side, with their widths in terminal cells, and those on lines below."""
+    """Columns side by side with their widths in terminal cells, and lines of columns below them.
+
+    The first column stands above where its width is 0.
+    """
 
     beside: list[int]
     widths: list[int]
-    below: list[int]
+    below: list[list[int]]
 
 
 def is_number(cell: str) -> bool:
@@ -102,36 +104,53 @@ def _parts(columns: Sequence[str], rows: Rows, right: list[bool], width: int) ->
         max(cells[c], min(_widest(_HEADING_PIECE.findall(columns[c])), _LEAST)) for c in every
     ]
     beside, below = every, list[int]()
-    while _total([folded[c] for c in beside]) > width:
-        words = [c for c in beside if not right[c] and (c or len(below) == 0)]
-        if not words:
-            break
+    words = [c for c in every if not right[c]]
+    while words and _total([folded[c] for c in beside]) > width:
         longest = max(words, key=lambda c: folded[c])
         room = width - _total([folded[c] for c in beside]) + folded[longest]
-        if room >= _least(columns, rows, longest, room):
+        if _folds_beside(columns, rows, longest, room, width):
             folded[longest] = room
             break
-        if longest == 0 or len(beside) == 1:
-            folded[0] = max(room, min(folded[0], width // 3), 1)
-            if len(words) == 1 or folded[0] == room:
-                break
-            longest = max((c for c in words if c), key=lambda c: folded[c])
-        beside = [c for c in beside if c != longest]
-        below = sorted([*below, longest])
-    return _split(beside, below, folded, width)
+        words.remove(longest)
+        if longest:
+            beside = [c for c in beside if c != longest]
+            below = sorted([*below, longest])
+        elif len(beside) > 1 and folded[0] > width // 3:
+            folded[0] = 0
+    return _split(beside, _together(below, full, width), folded, width)
 
 
-def _least(columns: Sequence[str], rows: Rows, column: int, room: int) -> int:
-    """Terminal cells that a column of words needs beside others; more than ``room`` if too long."""
-    words = [word for row in rows for word in row[column].split(" ")]
-    least = max(_widest(words), min(_widest(_HEADING_PIECE.findall(columns[column])), _LEAST))
-    if least > room or room < 1:
-        return room + 1
-    long = any(len(fold(row[column], room)) > FOLDS for row in rows)
-    return room + 1 if long else least
+def _folds_beside(columns: Sequence[str], rows: Rows, column: int, room: int, width: int) -> bool:
+    """Whether a column of words fits ``room``, in no more lines than lines of its own would take.
+
+    A word is not cut for it, nor a heading's.
+    """
+    cells = [row[column] for row in rows]
+    words = [word for cell in cells for word in cell.split(" ")]
+    heading = min(_widest(_HEADING_PIECE.findall(columns[column])), _LEAST)
+    if room < max(_widest(words), heading, 1):
+        return False
+    own = [fold(cell, width - len(INDENT)) for cell in cells if _is_told(cell)]
+    return sum(len(fold(cell, room)) for cell in cells) <= len(rows) + sum(map(len, own))
 
 
-def _split(beside: list[int], below: list[int], widths: list[int], width: int) -> list[_Part]:
+def _is_told(cell: str) -> bool:
+    """Whether a cell says something, for which it gets a line of its own."""
+    return cell not in ("", "-")
+
+
+def _together(below: list[int], full: list[int], width: int) -> list[list[int]]:
+    """Columns below the rows, as many on a line as fit."""
+    lines: list[list[int]] = []
+    for column in below:
+        if lines and len(INDENT) + _total([full[c] for c in [*lines[-1], column]]) <= width:
+            lines[-1].append(column)
+        else:
+            lines.append([column])
+    return lines
+
+
+def _split(beside: list[int], below: list[list[int]], widths: list[int], width: int) -> list[_Part]:
     """Parts of the columns ``beside`` that fit, the first column in each."""
     first, *rest = beside
     widths = [min(one, width) for one in widths]
@@ -142,7 +161,8 @@ def _split(beside: list[int], below: list[int], widths: list[int], width: int) -
         parts[-1].append(column)
     for part in parts:
         over = _total([widths[c] for c in part]) - width
-        widths[first] = max(widths[first] - max(over, 0), 1)
+        if over > 0 and widths[first]:
+            widths[first] = max(widths[first] - over, 1)
     return [
         _Part(part, [widths[c] for c in part], below if not index else [])
         for index, part in enumerate(parts)
@@ -158,20 +178,42 @@ def _draw_part(
 ) -> list[Line]:
     sides = [right[c] for c in part.beside]
     heading = [_fold_heading(columns[c], w) for c, w in zip(part.beside, part.widths, strict=True)]
+    above = part.widths[0] == 0
+    heads = list[str]()
+    if above:
+        heads, heading[0] = fold(columns[0], width), [""]
     tall = max(map(len, heading))
     heading = [[""] * (tall - len(one)) + one for one in heading]
-    lines = [Line(text, "head") for text in _side_by_side(heading, part.widths, sides)]
-    lines += [Line(INDENT + columns[c], "head") for c in part.below if columns[c]]
-    ruled = max([_total(part.widths), *(_widest([line.text]) for line in lines)])
+    heads = [text for text in heads if text] + _side_by_side(heading, part.widths, sides)
+    heads += _draw_below(part.below, columns, columns, rows, width)
+    lines = [Line(text, "head") for text in heads]
+    ruled = max([_total(part.widths), _widest(heads)])
     lines.append(Line("─" * min(ruled, width), "rule"))
     for index, row in enumerate(rows):
         cells = [fold(row[c], w) for c, w in zip(part.beside, part.widths, strict=True)]
-        lines += [Line(text, str(index)) for text in _side_by_side(cells, part.widths, sides)]
-        for c in part.below:
-            if row[c] and row[c] != "-":
-                folded = fold(row[c], max(width - len(INDENT), 1))
-                lines += [Line(INDENT + text, str(index)) for text in folded]
+        texts = list[str]()
+        if above:
+            texts, cells[0] = fold(row[0], width) if row[0] else [], [""]
+        texts += _side_by_side(cells, part.widths, sides)
+        texts += _draw_below(part.below, row, columns, rows, width)
+        lines += [Line(text, str(index)) for text in texts]
     return [*lines, Line("", "rule")]
+
+
+def _draw_below(
+    below: list[list[int]], row: Sequence[str], columns: Sequence[str], rows: Rows, width: int
+) -> list[str]:
+    """The lines below a row, or below the headings."""
+    texts = list[str]()
+    for line in below:
+        if not any(_is_told(row[c]) for c in line):
+            continue
+        room = max(width - len(INDENT), 1)
+        widths = [_widest([columns[c], *(one[c] for one in rows)]) for c in line]
+        widths = widths if len(line) > 1 else [room]
+        cells = [fold(row[c], w) for c, w in zip(line, widths, strict=True)]
+        texts += [INDENT + text for text in _side_by_side(cells, widths, [False] * len(line))]
+    return texts
 
 
 def _side_by_side(cells: list[list[str]], widths: list[int], right: list[bool]) -> list[str]:

@@ -10,7 +10,7 @@ import contextvars
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from dery_cli.runtime.launcher import is_follower
@@ -130,8 +130,12 @@ class Terminal:
             bold = line.kind in ("head", str(highlight))
             self.out.print(line.text, style="bold" if bold else None, markup=False)
 
-    def growing_table(self, columns: Sequence[str]) -> GrowingTable:
-        """A table on stderr whose rows are printed as they come."""
+    def growing_table(self, columns: Mapping[str, int]) -> GrowingTable:
+        """A table on stderr whose rows are printed as they come.
+
+        Args:
+            columns: Headings, and the characters that the longest figure below each takes.
+        """
         return GrowingTable(self, columns)
 
     @contextlib.contextmanager
@@ -177,19 +181,26 @@ class Terminal:
 class GrowingTable:
     """Rows under a heading that comes before the first of them; numbers, aligned right."""
 
-    def __init__(self, terminal: Terminal, columns: Sequence[str]) -> None:
-        self._terminal, self._columns = terminal, columns
+    def __init__(self, terminal: Terminal, columns: Mapping[str, int]) -> None:
+        self._terminal, self._columns = terminal, list(columns)
+        self._widths = [max(len(name), most) for name, most in columns.items()]
+        if sum(self._widths) + 2 * len(columns) - 2 > terminal.err.width:
+            self._widths = [max(most, *map(len, name.split(" "))) for name, most in columns.items()]
         self._headed = False
 
     def row(self, cells: Sequence[object]) -> None:
         if not self._headed:
-            self._line(self._columns)
+            from dery_cli.runtime.tables import fold
+
+            names = [fold(*one) for one in zip(self._columns, self._widths, strict=True)]
+            tall = max(map(len, names))
+            for line in zip(*([""] * (tall - len(one)) + one for one in names), strict=True):
+                self._line(line)
             self._headed = True
         self._line(cells)
 
     def _line(self, cells: Sequence[object]) -> None:
-        widths = [max(len(column), 8) for column in self._columns]
-        padded = [str(cell).rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded = [str(cell).rjust(width) for cell, width in zip(cells, self._widths, strict=True)]
         self._terminal.note("  ".join(padded))
 
 

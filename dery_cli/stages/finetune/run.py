@@ -267,7 +267,7 @@ def _train(
     if rate is not None:
         config = with_rate(config, rate)
     curves = Curves(run_dir) if request.tensorboard and processes.main else None
-    table = _table(terminal, validated=plan.splits.valid is not None)
+    table = _table(terminal, plan.steps, validated=plan.splits.valid is not None)
     with terminal.progress("fine-tuning", plan.steps) as bar:
         result = finetune(
             plan.start.assembly.network,
@@ -408,11 +408,11 @@ def run_artifact(
     return Artifact(kind=RUN, parents=parents, options=options, seed=config.seed)
 
 
-def _table(terminal: Terminal, *, validated: bool) -> GrowingTable:
-    scores = ["valid loss", "valid top-1"] if validated else []
-    return terminal.growing_table(
-        ["epoch", "update", "lr", "train loss", *scores, "images/s", "time left"]
-    )
+def _table(terminal: Terminal, steps: int, *, validated: bool) -> GrowingTable:
+    scores = {"valid loss": 7, "valid top-1": 6} if validated else {}
+    update = len(f"{steps}/{steps}")
+    first = {"epoch": 7, "update": update, "lr": 8, "train loss": 7}
+    return terminal.growing_table({**first, **scores, "images/s": 8, "time left": 8})
 
 
 def _cells(now: Progress, report: Mapping[str, Any]) -> list[str]:

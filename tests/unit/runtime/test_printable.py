@@ -36,7 +36,7 @@ def test_a_terminal_escapes_all_that_it_prints(capsys):
     for call in (terminal.say, terminal.note, terminal.detail, terminal.warn):
         call("x\x1b[2Jy\nz")
     terminal.table("t\x1b", ["c\x1b"], [["\x1b[31mred\n"]])
-    terminal.growing_table(["e\x1b"]).row(["\x1b"])
+    terminal.growing_table({"e\x1b": 8}).row(["\x1b"])
     with terminal.progress("p\x1b", 1) as bar:
         bar.advance()
     out, err = capsys.readouterr()

@@ -89,6 +89,63 @@ def test_wide_characters_count_twice_and_one_endless_word_folds():
     assert fold("ab cd", 2) == ["ab", "cd"]
 
 
+ASSEMBLED = [
+    "", COLUMNS[1], "params", "multiply-adds", "grad_norm", "held out", "tuned", "test as built"
+]  # fmt: skip
+"""Headings of ``dery assemble`` with a wide proxy."""
+
+
+def test_the_comparison_of_an_assembly_is_one_table_of_80_columns():
+    figures = ["213.92k", "12.62M", "12298.4691", "0.2442", "0.3103", "0.2455"]
+    roles = ["picked", "the same with an adapter", "best of the paper's space"]
+    lines = texts(ASSEMBLED, [[role, NETWORK, *figures] for role in roles], 80)
+    assert sum(line.startswith("─") for line in lines) == 1
+    assert sum(line.split()[-6:] == figures for line in lines) == 3
+    words = [word for line in lines[: lines.index("  " + COLUMNS[1])] for word in line.split()]
+    assert sorted(words) == sorted(
+        ["params", "multiply-", "adds", "grad_norm", "held", "out", "tuned", "test", "as", "built"]
+    )
+
+
+def test_names_of_rows_fold_at_words_before_figures_come_apart():
+    rows = [["best of the paper's space", *["1000.00k"] * 6]]
+    lines = texts(["", *(f"figure {n}" for n in range(6))], rows, 76)
+    assert sum(line.startswith("─") for line in lines) == 1
+    assert [line[:16].strip() for line in lines[-3:-1]] == ["best of the", "paper's space"]
+
+
+def test_a_long_name_of_a_row_stands_whole_above_its_figures():
+    name = "timm/vit_base_patch16_clip_224.laion2b_ft_in12k_in1k"
+    rows = [[name, "whole only", *["1000.00k"] * 4], ["timm/short", "ok", *["1"] * 4]]
+    lines = texts(["model", "result", *(f"count {n}" for n in range(4))], rows, 80)
+    at = lines.index(name)
+    assert lines[at + 1].startswith("  whole only")
+    assert lines[at + 1].split()[2:] == ["1000.00k"] * 4
+    assert lines[at + 2] == "timm/short"
+    assert sum(line.startswith("─") for line in lines) == 1
+
+
+def test_words_below_a_row_share_a_line_where_they_fit():
+    columns = ["", "network", "licences", "data", *(f"figure {n}" for n in range(6))]
+    rows = [
+        ["assemblies/default", NETWORK[:47], "Apache-2.0", "/data/letters", *["0.123456"] * 6],
+        ["runs/b", NETWORK[:22], "MIT", "-", *["0.123456"] * 6],
+    ]
+    lines = texts(columns, rows, 80)
+    assert [line.split() for line in lines if "Apache" in line] == [
+        [*NETWORK[:47].split(), "Apache-2.0", "/data/letters"]
+    ]
+    head = next(line for line in lines if "licences" in line)
+    assert all(line.index("MIT") == head.index("licences") for line in lines if "MIT" in line)
+
+
+def test_one_tall_cell_does_not_send_all_rows_below():
+    rows = [["versions", "fine", "word " * 30], *([f"check {n}", "fine", "well"] for n in range(9))]
+    lines = texts(["what", "state", ""], rows, 60)
+    assert len([line for line in lines if line.startswith("check")]) == 9
+    assert all(line.split()[-2:] == ["fine", "well"] for line in lines if line[:5] == "check")
+
+
 @pytest.mark.parametrize("text", ["1", "-", "1.2M", "+3.0%", "8.5 ms", "3x32x32", "-0.1"])
 def test_figures(text):
     assert is_number(text)
