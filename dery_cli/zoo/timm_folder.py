@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from safetensors.torch import save_file
 
 import dery_cli
 from dery_cli.errors import UsageError
-from dery_cli.io.files import copy_mode, file_sha256, not_written, sync
+from dery_cli.io.files import copy_mode, file_sha256, sync
+from dery_cli.io.folders import new_folder
 from dery_cli.io.records import Artifact, library_versions
 from dery_cli.types import Layout
 from dery_cli.zoo.hub_card import hub_card
@@ -27,7 +27,6 @@ from dery_cli.zoo.timm_model import ARCHITECTURE, TimmAssembly
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
-_PENDING, _REPLACED = ".pending", ".replaced"
 
 
 def timm_config(network: Mapping[str, Any], *, name: str) -> dict[str, Any]:
@@ -100,23 +99,8 @@ def write_timm_folder(
     name = name or folder.name
     if folder.exists() and not force:
         raise UsageError(f"{folder} is there already", "choose another, or replace it with force")
-    pending = folder.with_name(folder.name + _PENDING)
-    try:
-        shutil.rmtree(pending, ignore_errors=True)
-        pending.mkdir(parents=True)
-        write_files(assembly, pending, name=name, repo=repo or folder.name)
-        aside = folder.with_name(folder.name + _REPLACED)
-        if folder.exists():
-            os.replace(folder, aside)
-        os.replace(pending, folder)
-        sync(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(pending, ignore_errors=True)
-        raise not_written(folder, error) from error
-    except BaseException:
-        shutil.rmtree(pending, ignore_errors=True)
-        raise
+    with new_folder(folder) as work:
+        write_files(assembly, work, name=name, repo=repo or folder.name)
     return sorted(folder.iterdir())
 
 

@@ -72,6 +72,12 @@ def test_it_is_a_timm_model_from_a_folder_and_from_the_hub(copied, tmp_path, mon
     maps = names["features"](torch.zeros(2, *size))
     assert len(maps) == len(names["features"].feature_info.channels())
     assert all(one.ndim == 4 for one in maps)
+    exec(snippet("RetinaNet").replace("224", str(size[-1])), names)
+    box = {"boxes": torch.tensor([[4.0, 4.0, 20.0, 20.0]]), "labels": torch.tensor([1])}
+    losses = names["detector"]([torch.rand(size)] * 2, [box] * 2)
+    sum(losses.values()).backward()
+    bare = [n for n, p in names["detector"].named_parameters() if p.grad is None]
+    assert bare == []
 
 
 @pytest.mark.slow
@@ -89,7 +95,7 @@ def test_a_plugins_own_test_passes(tmp_path):
 
 
 def test_every_snippet_is_one_of_these():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from typing import Any
 
 from dery_cli.core.assembly.notation import format_network
 from dery_cli.io.records import library_versions
-from dery_cli.stages.export.folder import SCHEMA
 from dery_cli.types import BlockRef
 from dery_cli.zoo.networks import LoadedAssembly
+
+METADATA, SCHEMA = "metadata.json", "dery/export"
 
 VERSION = 1
 

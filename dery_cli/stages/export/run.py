@@ -17,6 +17,7 @@ from dery_cli.data.samples import choose_samples
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.errors import DeryError, UsageError
 from dery_cli.io.files import file_sha256
+from dery_cli.io.folders import check_place, new_folder
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.export import (
     as_executorch,
@@ -28,7 +29,6 @@ from dery_cli.stages.export import (
 from dery_cli.stages.export.capture import capture, converting, fold_batch_norms
 from dery_cli.stages.export.compare import Agreement, Runnable, check_agreement, compare, top1
 from dery_cli.stages.export.config import ExportConfig
-from dery_cli.stages.export.folder import METADATA, check_place, new_folder
 from dery_cli.zoo.networks import LoadedAssembly, load_assembly
 from dery_cli.zoo.plugin import ImageSplit
 
@@ -83,7 +83,14 @@ def export_network(terminal: Terminal, folder: Path, config: ExportConfig) -> Ex
         UsageError: There is something in the way, or the data do not suit the network.
         DeryError: The network is damaged, cannot be exported, or answers otherwise once it is.
     """
-    place = check_place(config.to, force=config.force)
+    place = check_place(
+        config.to,
+        force=config.force,
+        command="dery export",
+        file=metadata.METADATA,
+        schema=metadata.SCHEMA,
+        hint="give another --to",
+    )
     if config.format == "onnx":
         as_onnx.check_installed()
     if config.format == "executorch":
@@ -272,4 +279,4 @@ class _Exporter:
         described["compared"] = dataclasses.asdict(agreement)
         described["files"] = {path.name: file_sha256(path) for path in sorted(self.work.iterdir())}
         text = metadata.as_text(described)
-        (self.work / METADATA).write_text(text, encoding="utf-8")
+        (self.work / metadata.METADATA).write_text(text, encoding="utf-8")

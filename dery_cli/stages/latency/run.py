@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from dery_cli.core.stitching.network import head_inputs
 from dery_cli.core.stitching.stitch import Stitch
 from dery_cli.errors import StaleError, UsageError
 from dery_cli.io.artifacts import Workspace
-from dery_cli.io.files import not_written, replace_text
+from dery_cli.io.files import replace_text
+from dery_cli.io.folders import check_place, new_folder
 from dery_cli.runtime.terminal import Terminal
 from dery_cli.stages.embed.store import read_embeddings
 from dery_cli.stages.latency.as_onnx import check_installed, chunks, write_parts
@@ -28,6 +26,7 @@ from dery_cli.stages.latency.config import PackConfig
 from dery_cli.stages.latency.store import (
     PACK_FILE,
     PACK_FORMAT,
+    PACK_SCHEMA,
     SCRIPT_FILE,
     head_key,
     made_for,
@@ -104,32 +103,22 @@ def pack_parts(terminal: Terminal, space: Workspace, config: PackConfig) -> Pack
         DeryError: A part has no counterpart in ONNX, or the disk is full.
     """
     check_installed()
-    if config.to.exists() and not config.force:
-        raise UsageError(f"{config.to} is there already", "choose another folder, or --force")
-    if config.to.exists() and not (config.to / PACK_FILE).is_file():
-        raise UsageError(f"{config.to} is no pack, so it is not replaced", "choose another folder")
+    place = check_place(
+        config.to,
+        force=config.force,
+        command="dery latency pack",
+        file=PACK_FILE,
+        schema=PACK_SCHEMA,
+        hint="give another DIR",
+    )
     zoo = require_zoo(space)
     kind = StitchKind(config.stitch)
     classes = config.classes
     if classes is None:
         classes = _embedded_classes(space, zoo)
     networks = [_network(space, zoo, name, kind, classes) for name in config.networks]
-    try:
-        config.to.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{config.to.name}.", dir=config.to.parent))
-    except OSError as error:
-        raise not_written(config.to, error) from error
-    try:
-        pack = _write(terminal, space, zoo, networks, config, classes, work)
-        work.chmod(0o755)
-        if config.to.exists():
-            shutil.rmtree(config.to)
-        os.replace(work, config.to)
-    except OSError as error:
-        raise not_written(config.to, error) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return pack
+    with new_folder(place) as work:
+        return _write(terminal, space, zoo, networks, config, classes, work)
 
 
 def _embedded_classes(space: Workspace, zoo: Zoo) -> int | None:

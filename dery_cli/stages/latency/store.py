@@ -30,8 +30,8 @@ from dery_cli.io.schema import (
 from dery_cli.types import Donor, Node, StitchKind
 from dery_cli.zoo.registry import Zoo
 
-PACK_FORMAT = "dery/latency-pack/1"
-LATENCY_FORMAT = "dery/latency/1"
+PACK_SCHEMA, LATENCY_SCHEMA, VERSION = "dery/latency-pack/", "dery/latency/", 1
+PACK_FORMAT, LATENCY_FORMAT = f"{PACK_SCHEMA}{VERSION}", f"{LATENCY_SCHEMA}{VERSION}"
 PACK_FILE, SCRIPT_FILE, LATENCY_FILE = "pack.json", "measure.py", "latency.json"
 PACK_HINT = "dery latency pack DIR, and measure.py there"
 MOST_BYTES = 1 << 28
@@ -223,6 +223,16 @@ def _classes(count: int | None) -> str:
     return "no classes" if count is None else f"{count} classes"
 
 
+def _check_version(path: Path, data: object) -> None:
+    found = data.get("schema") if isinstance(data, dict) else None
+    version = found.removeprefix(LATENCY_SCHEMA) if isinstance(found, str) else ""
+    if version.isdecimal() and version.isascii() and version != str(VERSION):
+        raise UsageError(
+            f"{path} is in another dery's format (format {version[:20]}, this one reads {VERSION})",
+            f"the same dery-cli at both ends; {PACK_HINT}",
+        )
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -232,6 +242,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror or error}", PACK_HINT) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON file", PACK_HINT) from error
+    _check_version(path, data)
     try:
         LATENCY(data)
     except SchemaError as error:

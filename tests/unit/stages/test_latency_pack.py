@@ -78,7 +78,8 @@ def test_a_network_takes_the_sum_of_what_was_measured(file, zoo):
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("schema",), "dery/latency/2", "no file of times"),
+        (("schema",), "dery/latency/2", "another dery's format .format 2, this one reads 1"),
+        (("schema",), "dery/latency/x", "no file of times"),
         (("for", "donors", "resnet"), "0" * 64, "was made of another resnet"),
         (("for", "donors"), {}, "lacks resnet"),
         (("for", "donors", "swin"), "0" * 64, "has beside these donors swin"),

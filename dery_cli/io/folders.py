@@ -1,4 +1,4 @@
-"""The exported folder: written beside its place under another name, then renamed as a whole."""
+"""Folders for elsewhere: written beside their place under another name, then renamed as a whole."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from pathlib import Path
 from dery_cli.errors import UsageError
 from dery_cli.io.files import not_written, sync
 
-METADATA = "metadata.json"
-SCHEMA = "dery/export"
 
-
-def check_place(to: Path, *, force: bool) -> Path:
+def check_place(to: Path, *, force: bool, command: str, file: str, schema: str, hint: str) -> Path:
     """The folder that may be written.
 
+    Args:
+        to: As the user gave it.
+        force: Replace what an earlier run of the command wrote.
+        command: That writes it.
+        file: JSON that lies in each such folder.
+        schema: That its ``schema`` begins with.
+        hint: How to give another folder.
+
     Raises:
-        UsageError: There is something; with ``force``, something that is no earlier export.
+        UsageError: There is something; with ``force``, something that the command did not write.
     """
     place = Path(os.path.abspath(to.expanduser()))
     if not os.path.lexists(place):
         return place
     if not force:
-        raise UsageError(f"{to} is there already", "give another --to, or replace it with --force")
-    if not _is_export(place):
-        raise UsageError(
-            f"{to} is no folder that dery export wrote, and is not replaced",
-            "give another --to",
-        )
+        raise UsageError(f"{to} is there already", f"{hint}, or replace it with --force")
+    if not _is_of(place, file, schema):
+        raise UsageError(f"{to} is no folder that {command} wrote, and is not replaced", hint)
     return place
 
 
-def _is_export(place: Path) -> bool:
+def _is_of(place: Path, file: str, schema: str) -> bool:
     if place.is_symlink() or not place.is_dir():
         return False
     try:
-        found = json.loads((place / METADATA).read_text(encoding="utf-8"))
+        found = json.loads((place / file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.get("schema") == SCHEMA
+    return isinstance(found, dict) and str(found.get("schema")).startswith(schema)
 
 
 @contextlib.contextmanager
@@ -61,9 +63,8 @@ def new_folder(place: Path) -> Iterator[Path]:
         made = _make_parents(place.parent)
         work = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=place.parent))
         yield work
-        for path in (*work.iterdir(), work):
-            if path.is_file():
-                path.chmod(0o644)
+        for path in (*work.rglob("*"), work):
+            path.chmod(0o644 if path.is_file() else 0o755)
             sync(path)
         _put(work, place)
     except BaseException as error:
@@ -85,7 +86,7 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _put(work: Path, place: Path) -> None:
-    """Rename ``work`` to ``place``; an earlier export goes only when it has taken its place."""
+    """Rename ``work`` to ``place``; an earlier folder goes only when it has taken its place."""
     mask = os.umask(0)
     os.umask(mask)
     work.chmod(0o777 & ~mask)

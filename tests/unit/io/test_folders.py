@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
 from dery_cli.errors import DeryError, UsageError
-from dery_cli.stages.export.folder import METADATA, check_place, new_folder
+from dery_cli.io.folders import check_place, new_folder
+
+METADATA = "metadata.json"
+OF = {"command": "dery export", "file": METADATA, "schema": "dery/export", "hint": "give another"}
 
 
 def export(place, text="x"):
@@ -45,12 +49,29 @@ def test_a_full_disk_is_said_and_the_earlier_export_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [place]
 
 
+def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_one(tmp_path, monkeypatch):
+    place = tmp_path / "out"
+    export(place, "old")
+    replace = os.replace
+
+    def once(source, target):
+        if ".part-" in str(source) and not str(source).endswith(".old"):
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(DeryError, match="could not write"):
+        export(place, "new")
+    assert "old" in (place / METADATA).read_text()
+    assert list(tmp_path.iterdir()) == [place]
+
+
 def test_an_earlier_export_is_replaced_with_force_alone(tmp_path):
     place = tmp_path / "out"
     export(place, "old")
     with pytest.raises(UsageError, match="is there already"):
-        check_place(place, force=False)
-    assert check_place(place, force=True) == place
+        check_place(place, force=False, **OF)
+    assert check_place(place, force=True, **OF) == place
     export(place, "new")
     assert "new" in (place / METADATA).read_text()
     assert list(tmp_path.iterdir()) == [place]
@@ -69,4 +90,4 @@ def test_what_is_no_export_is_never_replaced(tmp_path, what):
         if what == "other":
             (place / METADATA).write_text('{"schema": "else"}')
     with pytest.raises(UsageError, match="no folder that dery export wrote"):
-        check_place(place, force=True)
+        check_place(place, force=True, **OF)
