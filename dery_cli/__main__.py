@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
+import sys
 
 
 def main() -> None:
     """Run ``dery`` and exit with the code its outcome stands for."""
+    code: list[object] = [1]
+    atexit.register(lambda: _leave(code[0]))  # before all others, so that it comes after them
     for number in (signal.SIGINT, signal.SIGTERM):  # until the next two imports are done
         signal.signal(number, lambda number, _: os._exit(128 + number))
-
-    import sys
 
     from dery_cli.runtime.startup import begin
 
@@ -19,7 +22,19 @@ def main() -> None:
 
     from dery_cli.cli import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as done:
+        code[0] = done.code
+        raise
+
+
+def _leave(code: object) -> None:
+    """End now: Python takes a second, deaf to signals, to take apart what torch and timm made."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,42 @@ def test_signals(number, code):
     assert "Traceback" not in err
 
 
+LEAVING = """
+import atexit, sys
+class Large:
+    def __del__(self):
+        print("taken apart")
+sys.large = Large()
+import dery_cli.__main__ as command
+sys.argv[1:] = {words}
+atexit.register(print, "not the first")
+command.main()
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["zoo", "lisp"], 2)])
+def test_a_command_that_is_over_ends_at_once_with_its_code(words, code):
+    """What modules hold is not taken apart: that takes a second of torch, and no signal in it."""
+    script = LEAVING.format(words=words) + "import time\ntime.sleep(60)\n"
+    made = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert made.returncode == code, made.stderr
+    assert "taken apart" not in made.stdout
+    assert ("dery " in made.stdout) == (code == 0)
+
+
+def test_what_a_library_leaves_for_the_end_is_done():
+    script = LEAVING.format(words=["--version"]).replace(
+        "command.main()", "run = command.main\nimport dery_cli.cli as cli\nmain = cli.main\n"
+        "def last():\n    atexit.register(print, 'done')\n    main()\ncli.main = last\nrun()"
+    )  # fmt: skip
+    made = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert made.stdout.splitlines()[1:] == ["done"]
+
+
 def test_python_m_is_the_same_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dery_cli", "zoo", "list", "--json"],
