@@ -19,6 +19,11 @@ LARGEST = 2**31 - 1
 """More than any option has a use for; beyond it arithmetic and allocations would fail."""
 
 
+MOST_SAMPLES, FEW_SAMPLES = 2048, 512
+"""Images where nothing else is asked for: on a GPU, and on a CPU from ``LARGE`` pixels on."""
+LARGE = 128
+
+
 def parse_size(text: str, option: str) -> int:
     """``30M`` -> 30,000,000.
 

@@ -25,7 +25,14 @@ from dery_cli.commands._options import (
 from dery_cli.commands._tables import COST_COLUMNS, cost_cells
 from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import budget_name, show_count, show_decimals, show_time
+from dery_cli.sizes import (
+    FEW_SAMPLES,
+    MOST_SAMPLES,
+    budget_name,
+    show_count,
+    show_decimals,
+    show_time,
+)
 from dery_cli.stages.assemble.config import (
     DRAWS,
     GONE,
@@ -302,7 +309,12 @@ def assemble(
         int, typer.Option("--fit-samples", help="Target images that stitches are fitted on.")
     ] = AssembleConfig.fit_samples,
     target_samples: Annotated[
-        int, typer.Option("--target-samples", help="Target images for probes and the head.")
+        int | None,
+        typer.Option(
+            "--target-samples",
+            help="Target images for probes and the head.",
+            show_default=f"as many as embed took, {FEW_SAMPLES} to {MOST_SAMPLES}",
+        ),
     ] = AssembleConfig.target_samples,
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", help="Stop the search after this time.")

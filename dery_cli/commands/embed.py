@@ -19,7 +19,7 @@ from dery_cli.commands._options import (
 )
 from dery_cli.errors import UsageError
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count
+from dery_cli.sizes import FEW_SAMPLES, LARGE, MOST_SAMPLES, show_count
 from dery_cli.stages.embed.config import EmbedConfig
 
 
@@ -36,8 +36,15 @@ def embed(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", "-n", help="Calibration images, chosen by --seed.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            "--samples",
+            "-n",
+            help="Calibration images, chosen by --seed.",
+            show_default=f"{MOST_SAMPLES}; on a CPU {FEW_SAMPLES}, where a donor takes {LARGE} "
+            "pixels or more",
+        ),
+    ] = None,
     grid: Annotated[
         int, typer.Option("--grid", help="Side of the pooled grid kept for stitches.")
     ] = 4,

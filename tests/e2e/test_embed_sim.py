@@ -737,3 +737,47 @@ def test_sim_prints_the_most_and_least_similar_models(ws, dery):
     block = sim_PP[rows][:, columns]
     expected = (block.amax(1).mean() + block.amax(0).mean()) / 2
     assert pairs[0]["similarity"] == pytest.approx(float(expected))
+
+
+def test_a_cpu_takes_fewer_large_images_unless_some_are_embedded(copied, monkeypatch, tmp_path):
+    """The demo's images of 32 pixels count as large here."""
+    from dery_cli.stages.embed import run
+
+    monkeypatch.setattr(run, "LARGE", 32)
+    monkeypatch.setattr(run, "FEW_SAMPLES", 24)
+    there = copied("embed", "--data", "DATA", "--batch-size", "100", "--json")
+    assert there.json["result"]["samples"] == 100
+    assert there.json["result"]["embedded"] == []
+    shutil.rmtree(tmp_path / "ws" / "embeddings")
+    few = copied("embed", "--data", "DATA", "--batch-size", "100", "--json")
+    assert few.json["result"]["samples"] == 24
+    assert "24 images, since a CPU takes long for 32 pixels" in few.stderr
+    again = copied("embed", "--data", "DATA", "--batch-size", "100", "--json")
+    assert again.json["result"]["embedded"] == []
+    told = copied("embed", "--data", "DATA", "--batch-size", "100", "-n", "30", "--json")
+    assert told.json["result"]["samples"] == 30
+    monkeypatch.setattr(run, "LARGE", 33)
+    small = copied("embed", "--data", "DATA", "--batch-size", "100", "--dry-run", "--json")
+    assert small.json["result"]["samples"] == 100
+
+
+@pytest.mark.parametrize(("embedded", "taken"), [(4, 512), (700, 700), (9000, 2048)])
+def test_the_target_has_as_many_images_as_were_embedded(pipeline, monkeypatch, embedded, taken):
+    import dataclasses
+
+    from dery_cli.io.artifacts import Workspace
+    from dery_cli.runtime.terminal import Terminal
+    from dery_cli.stages.assemble import inputs
+    from dery_cli.stages.assemble.config import AssembleConfig
+
+    def read(*words):
+        found = stored(*words)
+        return dataclasses.replace(found, options={**found.options, "samples": embedded})
+
+    stored = inputs.read_embeddings
+    monkeypatch.setattr(inputs, "read_embeddings", read)
+    found = inputs.read_inputs(Terminal(), Workspace(pipeline.root), AssembleConfig())
+    assert found.record.options["target_samples"] == found.config.target_samples == taken
+    asked = AssembleConfig(target_samples=40)
+    found = inputs.read_inputs(Terminal(), Workspace(pipeline.root), asked)
+    assert found.record.options["target_samples"] == 40

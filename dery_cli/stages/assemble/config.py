@@ -270,7 +270,7 @@ class AssembleConfig:
     match: bool = False
     whole: bool = True
     fit_samples: int = 512
-    target_samples: int = 2048
+    target_samples: int | None = None
     max_seconds: float | None = None
     seed: int = 0
     require_optimal: bool = False
@@ -286,7 +286,8 @@ class AssembleConfig:
         check_between("--effort", self.effort, LEAST_EFFORT, MOST_EFFORT)
         self._check_pins()
         check_at_least("--fit-samples", self.fit_samples, 8)
-        check_at_least("--target-samples", self.target_samples, 8)
+        if self.target_samples is not None:
+            check_at_least("--target-samples", self.target_samples, 8)
         if self.max_donors is not None:
             check_at_least("--max-donors", self.max_donors)
         if self.donors.image_size is not None:

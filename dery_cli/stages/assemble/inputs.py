@@ -10,6 +10,7 @@ from dery_cli.errors import StaleError, UsageError
 from dery_cli.io.artifacts import Workspace
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.terminal import Terminal
+from dery_cli.sizes import FEW_SAMPLES, MOST_SAMPLES
 from dery_cli.stages.assemble.config import AssembleConfig
 from dery_cli.stages.assemble.store import ASSEMBLY
 from dery_cli.stages.embed.store import Embeddings, embed_command, read_embeddings
@@ -22,6 +23,7 @@ class Inputs:
     """The stages before, the target's images, and what will be recorded.
 
     Args:
+        config: The options, with a number of target images.
         embeddings: Of the zoo.
         partition: Of the donors; None in the free space where there is none that is current.
         data: The target.
@@ -30,6 +32,7 @@ class Inputs:
         proxy: Name of what ranks built networks.
     """
 
+    config: AssembleConfig
     embeddings: Embeddings
     partition: StoredPartition | None
     data: DataSet
@@ -53,10 +56,14 @@ def read_inputs(terminal: Terminal, space: Workspace, config: AssembleConfig) ->
         data = _calibration(terminal, embeddings, config.skip_bad)
     else:
         data = open_checked(terminal, config.data, skip_bad=config.skip_bad)
+    samples = config.target_samples
+    if samples is None:
+        samples = min(max(embeddings.options["samples"], FEW_SAMPLES), MOST_SAMPLES)
+        config = dataclasses.replace(config, target_samples=samples)
     chosen = choose_images(
         terminal,
         data,
-        samples=config.target_samples,
+        samples=samples,
         fit=config.fit_samples,
         seed=config.seed,
     )
@@ -87,6 +94,7 @@ def read_inputs(terminal: Terminal, space: Workspace, config: AssembleConfig) ->
         seed=config.seed,
     )
     return Inputs(
+        config=config,
         embeddings=embeddings,
         partition=partition,
         data=data,

@@ -75,7 +75,7 @@ def prepare(
         device=config.device,
         workers=config.workers,
     )
-    setting = Setting(space, inputs.embeddings, target, inputs.chosen.split, config)
+    setting = Setting(space, inputs.embeddings, target, inputs.chosen.split, inputs.config)
     job = Job(terminal, space, setting, inputs.partition, inputs.record, inputs.proxy)
     if config.budget.max_latency is not None:
         job = dataclasses.replace(job, record=_with_latency(job))

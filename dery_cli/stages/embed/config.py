@@ -15,6 +15,7 @@ class EmbedConfig:
     """Options of ``dery embed``; those of ``options`` and the seed belong to the artifact.
 
     Args:
+        samples: Images; None for as many as suit the device.
         batch_size: Images a batch, or ``auto``: what the memory holds. The artifact names ``auto``
             among its options, and the size it came to among its data.
         skip_bad: Leave out images that cannot be decoded; in the artifact, whether any were.
@@ -27,7 +28,7 @@ class EmbedConfig:
     """
 
     data: str
-    samples: int = 2048
+    samples: int | None = None
     grid: int = 4
     grid_samples: int = 256
     batch_size: int | str = 64
@@ -45,7 +46,8 @@ class EmbedConfig:
     DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "fp32")
 
     def __post_init__(self) -> None:
-        check_at_least("--samples", self.samples, 4)
+        if self.samples is not None:
+            check_at_least("--samples", self.samples, 4)
         check_at_least("--grid", self.grid)
         check_at_least("--grid-samples", self.grid_samples, 8)
         if isinstance(self.batch_size, int):

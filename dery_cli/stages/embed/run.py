@@ -18,7 +18,7 @@ from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import AUTO, FP32
 from dery_cli.runtime.launcher import alone_by_mistake, launched
 from dery_cli.runtime.terminal import Terminal
-from dery_cli.sizes import show_count
+from dery_cli.sizes import FEW_SAMPLES, LARGE, MOST_SAMPLES, show_count
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.stages.embed.store import (
     Calibration,
@@ -104,10 +104,12 @@ def _embed_zoo(
 ) -> Embedded:
     _chosen(require_zoo(space), config.donors)  # a wrong name answers before images are read
     images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-    calibration = choose_calibration(config, images)
-    count = len(calibration.indices)
-    if count < config.samples and config.samples != EmbedConfig.samples:
+    if config.samples is None:
+        config = dataclasses.replace(config, samples=_suitable(terminal, space, config, images))
+    elif len(images.train) < config.samples:
+        count = len(images.train)
         terminal.warn(f"{config.data} has {count} training images, not {config.samples}")
+    calibration = choose_calibration(config, images)
     if config.dry_run:
         return _plan(space, config, calibration).result()
     with space.lock(terminal.note):
@@ -115,6 +117,28 @@ def _embed_zoo(
         plan = _plan(space, config, calibration)
         _embed(terminal, space, config, opened, images, plan)
     return plan.result()
+
+
+def _suitable(terminal: Terminal, space: Workspace, config: EmbedConfig, images: DataSet) -> int:
+    """How many images to embed where nobody said: as before, else what the device does soon."""
+    donors = _chosen(require_zoo(space), config.donors)
+    side = max(max(donor.input.image_size) for donor in donors.values())
+    if side < LARGE or len(images.train) <= FEW_SAMPLES:
+        return MOST_SAMPLES
+    for count in (MOST_SAMPLES, FEW_SAMPLES):
+        asked = dataclasses.replace(config, samples=count)
+        plan = _plan(space, asked, choose_calibration(asked, images))
+        if len(plan.todo) < len(plan.records):
+            return count
+    from dery_cli.runtime.devices import pick_device
+
+    if pick_device(config.device).type != "cpu":
+        return MOST_SAMPLES
+    terminal.note(
+        f"{FEW_SAMPLES} images, since a CPU takes long for {side} pixels; on a GPU "
+        f"{MOST_SAMPLES} are taken: --samples rules"
+    )
+    return FEW_SAMPLES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from dery_cli.io.schema import (
     plain_name,
 )
 from dery_cli.runtime.devices import PRECISIONS, Arithmetic
+from dery_cli.sizes import MOST_SAMPLES
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo
@@ -136,7 +137,8 @@ def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
             "at least 8 are needed to compare features",
         )
     labels = data.train.labels
-    indices = choose_samples(range(len(data.train)), labels, config.samples, config.seed)
+    samples = MOST_SAMPLES if config.samples is None else config.samples
+    indices = choose_samples(range(len(data.train)), labels, samples, config.seed)
     return Calibration(
         spec=data.spec,
         indices=indices,
