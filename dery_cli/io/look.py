@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dery_cli.errors import DeryError, StaleError
 from dery_cli.io.journal import pending_path
@@ -33,6 +33,7 @@ PATIENCE = 10.0
 """Seconds after which a reader gives up on an artifact that is replaced again and again."""
 _PAUSE = 0.003
 _Stamp = tuple[int, ...]
+_Made = TypeVar("_Made")
 
 
 class AbsentError(StaleError):
@@ -134,28 +135,32 @@ class LateFile:
         """
         from dery_cli.io.row_stream import TensorFile
 
-        opened = TensorFile(self._place(), shown=self.path)
-        self._place()
-        return opened
+        return self._opened(lambda place: TensorFile(place, shown=self.path))
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """All of it; else as ``tensor_file``."""
         from safetensors import safe_open
 
         try:
-            with safe_open(str(self._place()), framework="numpy") as file:
-                self._place()
+            opened = self._opened(lambda place: safe_open(str(place), framework="numpy"))
+            with opened as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except DeryError:
             raise
         except Exception as error:  # a damaged header makes the library raise what it will
             raise self._damaged(error) from error
 
-    def _place(self) -> Path:
-        """Where it lies now: what was pending may have got its name."""
+    def _opened(self, open_it: Callable[[Path], _Made]) -> _Made:
+        """What ``open_it`` makes of it: what was pending may have got its name, now or before.
+
+        Another file may lie under the name that is opened a moment after it was looked at, even
+        while this one lies under the other; so the very place is looked at again.
+        """
         for place in (self.place, self.path):
             if _state(place) == self.stamp:
-                return place
+                opened = open_it(place)
+                if _state(place) == self.stamp:
+                    return opened
         raise self._damaged("it was replaced meanwhile")
 
     def _damaged(self, reason: object) -> DeryError:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dery_cli.errors import DeryError, StaleError
-from dery_cli.io import journal, look
+from dery_cli.io import journal, look, row_stream
 from dery_cli.io.artifacts import open_artifact
 from dery_cli.io.journal import transaction
+from dery_cli.io.row_stream import TensorFile
 from tests.unit.io.samples import HINT, KIND, TENSORS, opened, read, record, value_of, write
 
 FORK = multiprocessing.get_context("fork")
@@ -247,3 +248,25 @@ def test_a_hashed_file_that_is_no_safetensors(tmp_path, data):
         work.commit(record(1))
     with pytest.raises(DeryError, match=r"x\.safetensors cannot be read"):
         opened(path)
+
+
+def test_a_pending_file_whose_name_another_takes_before_it_is_opened(tmp_path, monkeypatch):
+    """The next version lies under the name, and the one that was hashed where it belongs."""
+    path, place = tmp_path / "sample.json", tmp_path / TENSORS
+    write(path, 1)
+    write(tmp_path / "next" / "sample.json", 2)
+    for one in (path, place):
+        os.replace(one, journal.pending_path(one))
+    moves = [
+        (journal.pending_path(place), place),
+        (tmp_path / "next" / TENSORS, journal.pending_path(place)),
+    ]
+
+    def late_open(source, **options):
+        while moves:
+            os.replace(*moves.pop(0))
+        return TensorFile(source, **options)
+
+    monkeypatch.setattr(row_stream, "TensorFile", late_open)
+    assert value_of(opened(path)) == 1
+    assert moves == []
