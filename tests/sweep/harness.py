@@ -50,8 +50,8 @@ class Section:
             place.mkdir(parents=True, exist_ok=True)
         self.commands = Commands(folder, self.work)
         self.reference = Reference(folder / "reference", self.commands)
-        self.random = random.Random(f"{seed}-{name}")
         self._seed = seed
+        self.random = self.random_for("")
         self._counts: collections.Counter[str] = collections.Counter()
         self._failures: list[dict[str, object]] = []
         self._numbers = itertools.count()
@@ -60,6 +60,10 @@ class Section:
     @property
     def failed(self) -> bool:
         return bool(self._failures)
+
+    def random_for(self, what: str) -> random.Random:
+        """A generator that depends on the seed and on what it is for."""
+        return random.Random(f"{self._seed}-{self.name}-{what}")
 
     def count(self, what: str, number: int = 1) -> None:
         self._counts[what] += number
@@ -75,10 +79,10 @@ class Section:
 
     def run(self, cases: Iterable[Case], most: int | None = None) -> None:
         """Run all cases, or so many of them; results are written after each."""
-        chosen = drawn(list(cases), most, random.Random(f"{self._seed}-{self.name}-cases"))
+        chosen = drawn(list(cases), most, self.random_for("cases"))
         told = time.monotonic()
         for number, case in enumerate(chosen, 1):
-            self.random = random.Random(f"{self._seed}-{self.name}-{case.label}")
+            self.random = self.random_for(case.label)
             try:
                 case.run()
             except Exception:

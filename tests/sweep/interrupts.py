@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -170,7 +171,7 @@ def interrupt_imports(
     ended = started.finish(60)
     late = time.monotonic() - since
     name = f"imports of {args[0]}, {number.name}"
-    if ended.code == 4 and "error: the zoo in" in ended.stderr:
+    if ended.code == 4 and re.search("error: (the zoo in|no assembly in)", ended.stderr):
         section.count(f"{name} too late, or without effect")
         return
     section.count(f"{name} sent")
