@@ -245,7 +245,7 @@ class Commands:
             _be_the_child(function, outputs, self.folder)
         return Forked(pid, outputs)
 
-    def load_assembly(self, path: Path, *, hook: Callable[[], object] | None = None) -> Ended:
+    def load_in_fork(self, path: Path, *, hook: Callable[[], object] | None = None) -> Forked:
         """``load_assembly`` in a fork: the exit code of its error is the one dery would give."""
 
         def load() -> None:
@@ -253,7 +253,10 @@ class Commands:
                 hook()
             print_assembly(path)
 
-        return self.call(load).finish()
+        return self.call(load)
+
+    def load_assembly(self, path: Path) -> Ended:
+        return self.load_in_fork(path).finish()
 
     def _new_outputs(self) -> Outputs:
         number = next(self._numbers)
