@@ -40,7 +40,9 @@ def names(text: str) -> list[str]:
     """The sections that a list with commas names."""
     found = text.split(",")
     if unknown := [name for name in found if name not in SECTIONS]:
-        raise argparse.ArgumentTypeError(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+        raise argparse.ArgumentTypeError(
+            f"no section {unknown[0]}; there are {', '.join(SECTIONS)}"
+        )
     return found
 
 

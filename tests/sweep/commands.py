@@ -275,6 +275,11 @@ class Commands:
         self._loaded = True
 
 
+def words(line: str) -> list[str]:
+    """A command line's words, none of which holds a space."""
+    return line.split()
+
+
 def with_workspace(args: Words, workspace: Path | str | None) -> list[str]:
     """The words with ``-w``, before a ``--`` where there is one."""
     if workspace is None:

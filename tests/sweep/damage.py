@@ -72,9 +72,7 @@ READINGS = (
     Reading(r"scores\.json|targets/.*|builds/.*", (ASSEMBLE_OTHER,)),
     Reading(r"assemblies/default/assembly\.log\.json", (ASSEMBLE,)),
     Reading(r"assemblies/.*", (EVAL_ASSEMBLY, LOAD_ASSEMBLY, FINETUNE), "assemble"),
-    Reading(
-        r"runs/default/(run\.json|model\.safetensors)", (EVAL_RUN, EVAL, LOAD_RUN), "finetune"
-    ),
+    Reading(r"runs/default/(run\.json|model\.safetensors)", (EVAL_RUN, EVAL, LOAD_RUN), "finetune"),
     Reading(r"runs/default/run\.log\.json", (FINETUNE,)),
     Reading(
         r"runs/default/(metrics\.jsonl|last-.*|best-.*)",

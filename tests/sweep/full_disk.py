@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.sweep.commands import Ended
+from tests.sweep.commands import Ended, words
 from tests.sweep.harness import Case, Disk, Section
 from tests.sweep.hostile import demo_weights
 from tests.sweep.reference import (
@@ -28,14 +28,14 @@ from tests.sweep.reference import (
 )
 
 READERS = (["zoo", "list"], ["eval"], ["eval", "assemblies/default"])
-PARETO = "assemble --max-params 500k --pareto --no-whole --target-samples".split()
+PARETO = words("assemble --max-params 500k --pareto --no-whole --target-samples")
 OTHERS = (
     [*PARETO, "80", "--fit-samples", "32"],
     [*PARETO, "60", "--name", "p"],
-    (
+    words(
         "assemble --max-params 500k --max-latency 50ms --no-whole --target-samples 60"
         " --name l --effort 1"
-    ).split(),
+    ),
     [*STAGES["finetune"], "--name", "tb", "--steps", "4", "--tensorboard"],
 )
 """Commands that write more than the stages above do."""

@@ -87,7 +87,10 @@ class Section:
                 case.run()
             except Exception:
                 self._failures.append(
-                    {"what": f"{case.label}: the sweep itself failed", "output": traceback.format_exc()}
+                    {
+                        "what": f"{case.label}: the sweep itself failed",
+                        "output": traceback.format_exc(),
+                    }
                 )
                 print(f"   !! [{self.name}] {case.label}: the sweep itself failed", flush=True)
             self._save(number, len(chosen))

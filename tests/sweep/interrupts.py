@@ -189,7 +189,9 @@ def break_pipe(section: Section, line: str) -> None:
         words += ["-w", str(section.reference.after("zoo"))]
     told = section.new_path("told")
     command = shlex.join([*PROGRAM, *words])
-    script = f"{command} 2>{shlex.quote(str(told))} | head -c 10 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    script = (
+        f"{command} 2>{shlex.quote(str(told))} | head -c 10 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    )
     folder = section.commands.folder
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=folder)
     code, stderr = done.stdout.strip(), told.read_text()

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from tests.sweep.commands import words
 from tests.sweep.harness import Case, Section
 from tests.sweep.reference import ORDER, STAGES
 
@@ -24,7 +25,7 @@ CHANGE_POINTS = 45
 """Per stage; drawn where there are more."""
 REPEATS = 3
 TWICE = {
-    "embed": "embed --data demo -n 40 --grid 2 --grid-samples 24 --threads 1".split(),
+    "embed": words("embed --data demo -n 40 --grid 2 --grid-samples 24 --threads 1"),
     "assemble": [*STAGES["assemble"], "--seed", "3"],
     "finetune": [*STAGES["finetune"], "--seed", "3"],
 }
@@ -61,7 +62,9 @@ def kill_anywhere(section: Section, stage: str, *, late: bool) -> None:
         label = f"{stage}, SIGKILL at {when:.2f} s"
         if stage != "zoo":
             use_what_is_left(section, stage, workspace, label)
-        section.compare_rerun(stage, workspace, section.commands.run(STAGES[stage], workspace), label)
+        section.compare_rerun(
+            stage, workspace, section.commands.run(STAGES[stage], workspace), label
+        )
 
 
 def change_points(section: Section, stage: str) -> tuple[list[int], list[str]]:

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from tests.sweep.commands import words
 from tests.sweep.harness import Case, Section
 from tests.sweep.hostile import write_images
 from tests.sweep.reference import DONORS, STAGES, Difference, differences, files_of, is_log
 
 TURKISH = "tr_TR.UTF-8"
 """Its i has no dot where others have one."""
+EMBED = words("embed -n 24 --grid 1 --grid-samples 12 --threads 1 --data")
 REORDERED = {
     "zoo, two": ["zoo", "add", DONORS[3], DONORS[1]],
     "zoo, one": ["zoo", "add", DONORS[0]],
@@ -130,13 +132,12 @@ def chain_on_moved_images(section: Section) -> None:
     with section.workspace(source) as one, section.workspace(source) as other:
         for name, workspace in (("one", one), ("two/deeper", other)):
             images = write_images(section.work / "images" / name, 20, seed=4)
-            embed = "embed -n 24 --grid 1 --grid-samples 12 --threads 1 --data"
             stages = {
-                "embed": [*embed.split(), str(images)],
+                "embed": [*EMBED, str(images)],
                 "sim": ["sim"],
                 "partition": STAGES["partition"],
-                "assemble": "assemble --max-params 500k --effort 1 --no-whole".split(),
-                "finetune": "finetune --steps 4 --batch-size 4".split(),
+                "assemble": words("assemble --max-params 500k --effort 1 --no-whole"),
+                "finetune": words("finetune --steps 4 --batch-size 4"),
             }
             chain(section, workspace, stages, Place())
         changed = differences(one, other).changed

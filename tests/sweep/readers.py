@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,8 @@ def rewrite_assembly(folder: Path, versions: tuple[Files, Files]) -> None:
         version = versions[1 - number % 2]
         record = json.loads(version["assembly.json"])
         with transaction(folder / "assembly.json") as work:
-            for name, data in version.items():
-                if name != "assembly.json":
-                    work.path(name).write_bytes(data)
+            for name in record["files"]:
+                work.path(name).write_bytes(version[name])
             fields = {key: record[key] for key in ("parents", "options", "seed", "data")}
             work.commit(Artifact(kind=KIND, **fields))
 

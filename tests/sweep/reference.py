@@ -1,4 +1,4 @@
-"""The reference: a small chain of all stages, undisturbed, with the workspace after each of them."""
+"""The reference: a small chain of all stages, and the workspace after each of them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.sweep.commands import Commands
+from tests.sweep.commands import Commands, words
 
 DONORS = ("demo/mobilenetv3", "demo/resnext", "demo/vit_cls", "demo/resnet.rotation")
 STAGES = {
     "zoo": ["zoo", "add", *DONORS],
-    "embed": "embed --data demo -n 48 --grid 2 --grid-samples 24 --threads 1".split(),
+    "embed": words("embed --data demo -n 48 --grid 2 --grid-samples 24 --threads 1"),
     "sim": ["sim"],
-    "partition": "partition -K 3 --restarts 5".split(),
-    "assemble": (
+    "partition": words("partition -K 3 --restarts 5"),
+    "assemble": words(
         "assemble --max-params 500k --effort 2 --max-stitches 1 --start demo__mobilenetv3"
         " --end demo__resnext --fit-samples 32 --target-samples 36 --no-whole"
-    ).split(),
-    "finetune": (
+    ),
+    "finetune": words(
         "finetune --steps 20 --report-every 4 --batch-size 8 --effort 0 --valid-fraction 0.2"
-    ).split(),
+    ),
 }
 """The command line of every stage, in their order."""
 ORDER = tuple(STAGES)
 OTHER_OPTIONS = {
     "zoo": ["zoo", "add", "demo/vit_avg"],
-    "embed": "embed --data demo -n 56 --grid 2 --grid-samples 24 --threads 1".split(),
+    "embed": words("embed --data demo -n 56 --grid 2 --grid-samples 24 --threads 1"),
     "sim": ["sim", "--biased"],
-    "partition": "partition -K 2 --restarts 5".split(),
+    "partition": words("partition -K 2 --restarts 5"),
     "assemble": [*STAGES["assemble"], "--seed", "3"],
     "finetune": [*STAGES["finetune"], "--seed", "3"],
 }
@@ -148,7 +148,11 @@ def differences(workspace: Path, wanted: Path) -> Difference:
 
 def litter(workspace: Path) -> list[str]:
     """Unfinished files that lie about."""
-    return [name for name in files_of(workspace) if re.search(r"\.(pending|part|tmp)$|\.tmp/|\.gone", name)]
+    return [
+        name
+        for name in files_of(workspace)
+        if re.search(r"\.(pending|part|tmp)$|\.tmp/|\.gone", name)
+    ]
 
 
 def sha256(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Peak memory and seconds of the real command line, with 300 and 3,000 images: figures to look at."""
+"""Peak memory and seconds of the real command line, over 300 and 3,000 images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from tests.sweep.commands import words
 from tests.sweep.harness import Case, Section
 from tests.sweep.hostile import write_images
 
 SHORT = ("--help", "--version", "zoo --help", "embed --help")
 IMAGES = (300, 3000)
 OPTIONS = ("", "--workers 2", "--skip-bad")
-EMBED = (
+EMBED = words(
     "embed -n 4000 --grid 2 --threads 1 --grid-samples 64 --donor demo__resnext"
     " --donor demo__vit_cls --data"
-).split()
+)
 UNUSED = ("demo__mobilenetv3", "demo__resnet.rotation")
 FOLLOWING = (
     "sim",
@@ -33,12 +34,12 @@ FOLLOWING = (
 
 def cases(section: Section) -> Iterator[Case]:
     for line in SHORT:
-        yield Case(line, partial(measure, section, line.split(), None, f"dery {line}"))
+        yield Case(line, partial(measure, section, words(line), None, f"dery {line}"))
     yield Case("zoo list", partial(measure_list, section))
     for options in OPTIONS:
         for count in IMAGES:
             label = f"embed {count} {options}".strip()
-            yield Case(label, partial(measure_chain, section, count, options.split(), label))
+            yield Case(label, partial(measure_chain, section, count, words(options), label))
 
 
 def measure(section: Section, args: Sequence[str], workspace: Path | None, label: str) -> None:
@@ -65,7 +66,7 @@ def measure_chain(section: Section, count: int, options: list[str], label: str) 
         assert {donor["name"] for donor in donors} > set(UNUSED)
         section.commands.forked(["zoo", "remove", *UNUSED], workspace)
         for line in FOLLOWING:
-            measure(section, line.split(), workspace, f"{line.split()[0]} {count}")
+            measure(section, words(line), workspace, f"{words(line)[0]} {count}")
 
 
 def noise(section: Section, count: int) -> Path:
