@@ -91,11 +91,15 @@ class Outputs:
 
     def take(self, code: int | str, began: float) -> Ended:
         """Read them, and remove them."""
-        texts = []
-        for path in (self.out, self.err):
-            texts.append(path.read_text(errors="replace") if path.exists() else "")
-            path.unlink(missing_ok=True)
-        return Ended(code, *texts, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Ended(code, taken(self.out), taken(self.err), seconds)
+
+
+def taken(path: Path) -> str:
+    """The text of a file, which is removed."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    path.unlink(missing_ok=True)
+    return text
 
 
 class Started:

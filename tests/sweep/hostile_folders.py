@@ -18,7 +18,7 @@ from tests.sweep.hostile import ESCAPES, SECONDS, expect, limited, write_images
 
 EMBED = words("embed -n 16 --grid 1 --grid-samples 8 --threads 1 --data")
 ONE_DONOR = words("--donor demo__resnext")
-EXTRAS = ([], ["--json"], ["--skip-bad"], ["--skip-bad", "--json"])
+EXTRAS = (words(""), ["--json"], ["--skip-bad"], ["--skip-bad", "--json"])
 CHAIN = (
     words("sim"),
     words("partition -K 3 --restarts 3"),

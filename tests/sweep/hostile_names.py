@@ -77,10 +77,10 @@ def cases(section: Section) -> Iterator[Case]:
     for what, name in WORKSPACES.items():
         yield Case(f"workspace called with {what}", partial(use_workspace, section, what, name))
     for what, name in ARGUMENTS.items():
-        for line in TAKES_NAME:
+        for taker in TAKES_NAME:
             for more in ([], ["--json"]):
-                args = [*(word.replace(NAME, name) for word in line), *more]
-                label = f"an argument with {what}: {' '.join([*line, *more])}"
+                args = [*(word.replace(NAME, name) for word in taker), *more]
+                label = f"an argument with {what}: {' '.join([*taker, *more])}"
                 yield Case(label, partial(give_argument, section, label, args))
     spoken = Unspeakable(section)
     for encoding in ENCODINGS:
