@@ -111,8 +111,7 @@ def add_weights(section: Section, data: bytes, suffix: str) -> Ended:
     path.write_bytes(data)
     args = ["zoo", "add", "demo/vit_avg", "--weights", str(path), "--as", "evil"]
     with section.workspace(section.reference.after("zoo")) as workspace:
-        hook = limited() if suffix == ".safetensors" else None
-        ended = section.commands.forked(args, workspace, SECONDS, hook=hook)
+        ended = section.commands.forked(args, workspace, SECONDS, hook=limited())
     path.unlink()
     return ended
 

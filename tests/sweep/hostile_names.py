@@ -18,7 +18,7 @@ WORKSPACES = {
     "not UTF-8": os.fsdecode(b"ws\xff\xfe"),
     "newline": "ws\nx",
     "very long": "w" * 250,
-    "markup": "ws[red]x[bold]",
+    "markup": "ws[red]x[/red][/bold]",  # a folder in folders
 }
 IN_WORKSPACES = (
     words("zoo list"),

@@ -84,7 +84,8 @@ def change_points(section: Section, stage: str) -> tuple[list[int], list[str]]:
     changes = log.read_text().splitlines()
     points = list(range(1, len(changes) + 1))
     if len(points) > CHANGE_POINTS:
-        points = sorted(section.random.sample(points, CHANGE_POINTS))
+        generator = section.random_for(f"changes of {stage}")
+        points = sorted(generator.sample(points, CHANGE_POINTS))
     return points, changes
 
 
