@@ -129,12 +129,6 @@ class Started:
             code = TIMEOUT
         return self._outputs.take(code, self.began)
 
-    def finish_measured(self) -> tuple[Ended, float]:
-        """What it came to, and its peak memory in MiB as the system tells it."""
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        return self.finish(), usage.ru_maxrss / 1024
-
 
 class Forked:
     """A fork of this process that runs a command line, or a function."""
@@ -184,12 +178,13 @@ class Commands:
         env: Mapping[str, str] | None = None,
         umask: int = -1,
         new_group: bool = False,
+        program: Words = PROGRAM,
     ) -> Started:
-        """A real command line, as a process."""
+        """A real command line, as a process; ``program`` comes before its words."""
         outputs = self._new_outputs()
         with outputs.out.open("wb") as out, outputs.err.open("wb") as err:
             process = subprocess.Popen(
-                [*PROGRAM, *with_workspace(args, workspace)],
+                [*program, *with_workspace(args, workspace)],
                 cwd=folder or self.folder,
                 env={**os.environ, **(env or {})},
                 stdin=subprocess.DEVNULL,

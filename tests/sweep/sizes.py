@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tests.sweep.commands import words
+from tests.sweep.commands import PROGRAM, words
 from tests.sweep.harness import Case, Section
 from tests.sweep.hostile import write_images
 
@@ -23,13 +24,22 @@ UNUSED = ("demo__mobilenetv3", "demo__resnet.rotation")
 FOLLOWING = (
     "sim",
     "partition -K 3 --restarts 3",
-    (
-        "assemble --max-params 500k --candidates 2 --finalists 1 --target-samples 4000"
-        " --fit-samples 64"
-    ),
+    "assemble --max-params 500k --effort 1 --target-samples 4000 --fit-samples 64",
     "finetune --steps 4 --batch-size 8",
     "eval",
 )
+LAUNCHER = """
+import pathlib
+import resource
+import subprocess
+import sys
+
+code = subprocess.run(sys.argv[2:]).returncode
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+pathlib.Path(sys.argv[1]).write_text(str(peak))
+sys.exit(code)
+"""
+"""Between: the system counts what a process was forked from as its memory too."""
 
 
 def cases(section: Section) -> Iterator[Case]:
@@ -44,10 +54,12 @@ def cases(section: Section) -> Iterator[Case]:
 
 def measure(section: Section, args: Sequence[str], workspace: Path | None, label: str) -> None:
     """Note the MiB and the seconds of a command, which must succeed."""
-    ended, mib = section.commands.start(args, workspace).finish_measured()
+    peak = section.new_path("peak")
+    program = (sys.executable, "-c", LAUNCHER, str(peak), *PROGRAM)
+    ended = section.commands.start(args, workspace, program=program).finish()
     if ended.code:
         section.fail(f"{label}: exit {ended.code}", ended)
-    section.note(f"MiB {label}", mib)
+    section.note(f"MiB {label}", int(peak.read_text()) / 1024)
     section.note(f"s {label}", ended.seconds)
 
 
