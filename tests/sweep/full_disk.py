@@ -186,7 +186,7 @@ def no_inodes(section: Section, stage: str) -> None:
     with section.disk(options=",nr_inodes=2000") as disk:
         workspace = place_workspace(disk, section.reference.before(stage))
         used = sum(1 for _ in disk.place.rglob("*")) + 1
-        disk.remount(f"size=512m,nr_inodes={used + 2}")
+        disk.remount(f"size=512m,nr_inodes={used}")
         ended = section.commands.forked(STAGES[stage], workspace)
         section.count("without inodes")
         if ended.code != 1 or ended.traceback or not re.search("space|disk", ended.text):
