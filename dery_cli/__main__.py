@@ -11,6 +11,8 @@ import sys
 
 def main() -> None:
     """Run ``dery`` and exit with the code its outcome stands for."""
+    if sys.getfilesystemencoding() != "utf-8" and os.name == "posix":
+        _begin_anew_in_utf8()
     code: list[object] = [1]
     atexit.register(lambda: _leave(code[0]))  # before all others, so that it comes after them
     for number in (signal.SIGINT, signal.SIGTERM):  # until the next two imports are done
@@ -27,6 +29,13 @@ def main() -> None:
     except SystemExit as done:
         code[0] = done.code
         raise
+
+
+def _begin_anew_in_utf8() -> None:
+    """Names of files are UTF-8 in records and in safetensors; what is printed stays as it was."""
+    shown_in = getattr(sys.stdout, "encoding", "ascii")  # there may be none
+    os.environ.setdefault("PYTHONIOENCODING", f"{shown_in}:backslashreplace")
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _leave(code: object) -> None:

@@ -233,6 +233,19 @@ def test_the_readme_names_no_option_that_is_not_there():
     assert used - known == set()
 
 
+def test_names_beyond_ascii_where_python_reads_names_as_ascii(tmp_path):
+    ascii_alone = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    made = subprocess.run(
+        [sys.executable, "-m", "dery_cli", "sim", "-w", tmp_path / "caf\u00e9", "--json"],
+        env={**os.environ, **ascii_alone},
+        capture_output=True,
+        check=False,
+    )
+    assert made.returncode == 4, made.stderr
+    assert "caf\u00e9" in json.loads(made.stdout)["error"]["message"]
+    assert made.stderr.isascii()
+
+
 def test_running_a_command_leaves_the_callers_signal_handlers():
     before = signal.getsignal(signal.SIGTERM)
     assert cli.run(["zoo", "plugins", "--json"]) == 0
