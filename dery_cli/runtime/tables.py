@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 GAP = "  "
 INDENT = "  "
+FOLDS = 2
+"""Lines of a cell beside its neighbours from which on it is tall."""
 _LEAST = 12
 _NUMBER = re.compile(r"-|[+-]?\.?\d\S*( [^\W\d]{1,3})?")
 _HEADING_PIECE = re.compile(r"[^\s-]+-?|-")
@@ -123,12 +125,14 @@ def _parts(columns: Sequence[str], rows: Rows, right: list[bool], width: int) ->
 def _folds_beside(columns: Sequence[str], rows: Rows, column: int, room: int, width: int) -> bool:
     """Whether a column of words fits ``room``, in no more lines than lines of its own would take.
 
-    A word is not cut for it, nor a heading's.
+    A word is not cut for it, nor a heading's, and few of the cells are tall.
     """
     cells = [row[column] for row in rows]
     words = [word for cell in cells for word in cell.split(" ")]
     heading = min(_widest(_HEADING_PIECE.findall(columns[column])), _LEAST)
     if room < max(_widest(words), heading, 1):
+        return False
+    if 2 * sum(len(fold(cell, room)) > FOLDS for cell in cells) >= len(cells):
         return False
     own = [fold(cell, width - len(INDENT)) for cell in cells if _is_told(cell)]
     return sum(len(fold(cell, room)) for cell in cells) <= len(rows) + sum(map(len, own))

@@ -102,8 +102,8 @@ def test_a_row_a_report_under_one_heading(copied):
     )
     lines = [line.split() for line in outcome.stderr.splitlines()]
     head = next(i for i, words in enumerate(lines) if words[:2] == ["epoch", "update"])
-    names = "epoch update lr train loss valid loss valid top-1 images/s time left"
-    assert " ".join(lines[head]) == names
+    assert lines[head - 1] == ["train", "valid", "valid", "time"]  # 80 columns fold them
+    assert lines[head] == ["epoch", "update", "lr", "loss", "loss", "top-1", "images/s", "left"]
     rows = lines[head + 1 : head + 3]
     assert [row[1] for row in rows] == ["2/4", "4/4"]
     assert all(len(row) == 8 for row in rows)
