@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo      take ten small networks apart and build a new one under a budget"
-	@echo "make test      lint, then the tests (about 12 minutes on 2 cores)"
+	@echo "make test      lint, then the tests (about 11 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     speed and memory, each against a named reference"

@@ -68,7 +68,7 @@ def test_one_process_speaks_and_writes(ws, pipeline):
 def test_the_numbers_are_those_of_one_process_without_batch_norm(ws):
     """ConvNeXt has none, nor dropout; the crop's shift is left out."""
     line = (
-        "finetune --donor demo__convnext --data demo --steps 6 --effort 0 --report-every 3 "
+        "finetune --donor demo__swin --data demo --steps 6 --effort 0 --report-every 3 "
         "--crop-padding 0 --valid-fraction 0.2 --name"
     )
     assert run_dery(*line.split(), "one", "--workspace", str(ws)).code == 0

@@ -126,8 +126,11 @@ def test_what_else_readme_shows_is_there():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {line.split()[1] for line in starting("make ")} <= set(targets)
     scripts = {"python out/run.py image.png": "export", "python measure.py": "latency"}
+    sweep = (ROOT / "tests" / "sweep" / "__main__.py").read_text()
     for line in starting("python "):
-        if not line.startswith("python tests/"):
+        if line.startswith("python -m tests.sweep"):
+            assert all(f'"{word}"' in sweep for word in line.split() if word.startswith("--"))
+        elif not line.startswith("python tests/"):
             folder = ROOT / "dery_cli" / "stages" / scripts[line] / "scripts"
             assert (folder / Path(line.split()[1]).name).is_file()
     [line] = starting("pytest ")
