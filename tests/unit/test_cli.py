@@ -227,6 +227,7 @@ def test_the_readme_names_no_option_that_is_not_there():
         "--ways",
         "--zoo",
     }  # of benches
+    known |= {"--most"}  # of the sweep
     known |= {"--install-completion"}  # of typer
     known |= {"--cpu", "--multi-gpu", "--nproc-per-node", "--num-processes"}  # of launchers
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
