@@ -15,7 +15,7 @@ from typing import NamedTuple
 GAP = "  "
 INDENT = "  "
 FOLDS = 2
-"""Lines of a cell beside its neighbours from which on it is tall."""
+"""Lines a cell may take beside its neighbours before it is tall."""
 _LEAST = 12
 _NUMBER = re.compile(r"-|[+-]?\.?\d\S*( [^\W\d]{1,3})?")
 _HEADING_PIECE = re.compile(r"[^\s-]+-?|-")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import dery_cli
 from dery_cli.errors import UsageError
-from dery_cli.io.files import copy_mode, file_sha256, sync
+from dery_cli.io.files import file_sha256
 from dery_cli.io.folders import new_folder
 from dery_cli.io.records import Artifact, library_versions
 from dery_cli.types import Layout
@@ -83,7 +83,7 @@ def write_timm_folder(
 
     Args:
         assembly: From ``load_assembly``.
-        folder: To be made; its parent must be there.
+        folder: To be made.
         name: Of the network; the folder's where None.
         repo: ``OWNER/NAME`` on the hub, for the examples in the card; the folder's name where None.
         force: Replace a folder that is there.
@@ -105,7 +105,7 @@ def write_timm_folder(
 
 
 def write_files(assembly: LoadedAssembly, folder: Path, *, name: str, repo: str) -> None:
-    """Write what ``write_timm_folder`` does into an empty folder that is there."""
+    """Write what ``write_timm_folder`` does into the folder of a ``new_folder`` block."""
     record = public_record(assembly.record)
     weights = folder / MODEL_FILE
     state = assembly.network.state_dict()
@@ -114,13 +114,10 @@ def write_files(assembly: LoadedAssembly, folder: Path, *, name: str, repo: str)
     config = timm_config(record.data["network"], name=name)
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    copy_mode(folder / CONFIG_FILE, weights)
     card = hub_card(name, record.data, record.libraries or library_versions(), repo)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     record = dataclasses.replace(record, files={MODEL_FILE: file_sha256(weights)})
     (folder / f"{record.kind.name}.json").write_bytes(record.to_bytes())
-    for path in folder.iterdir():
-        sync(path)
 
 
 def public_record(record: Artifact) -> Artifact:

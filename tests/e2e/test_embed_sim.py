@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -25,8 +26,12 @@ from safetensors.torch import load_file
 from dery_cli.core.dissection.dissect import Dissection
 from dery_cli.core.similarity.metric import pairwise_metric
 from dery_cli.data.splits import FolderSplit
+from dery_cli.io.artifacts import Workspace
 from dery_cli.runtime import devices
-from dery_cli.stages.embed import passes
+from dery_cli.runtime.terminal import Terminal
+from dery_cli.stages.assemble import inputs
+from dery_cli.stages.assemble.config import AssembleConfig
+from dery_cli.stages.embed import passes, run
 from tests.conftest import Outcome, make_images, run_dery
 from tests.e2e.conftest import snapshot
 
@@ -741,8 +746,6 @@ def test_sim_prints_the_most_and_least_similar_models(ws, dery):
 
 def test_a_cpu_takes_fewer_large_images_unless_some_are_embedded(copied, monkeypatch, tmp_path):
     """The demo's images of 32 pixels count as large here."""
-    from dery_cli.stages.embed import run
-
     monkeypatch.setattr(run, "LARGE", 32)
     monkeypatch.setattr(run, "FEW_SAMPLES", 24)
     there = copied("embed", "--data", "DATA", "--batch-size", "100", "--json")
@@ -763,13 +766,6 @@ def test_a_cpu_takes_fewer_large_images_unless_some_are_embedded(copied, monkeyp
 
 @pytest.mark.parametrize(("embedded", "taken"), [(4, 512), (700, 700), (9000, 2048)])
 def test_the_target_has_as_many_images_as_were_embedded(pipeline, monkeypatch, embedded, taken):
-    import dataclasses
-
-    from dery_cli.io.artifacts import Workspace
-    from dery_cli.runtime.terminal import Terminal
-    from dery_cli.stages.assemble import inputs
-    from dery_cli.stages.assemble.config import AssembleConfig
-
     def read(*words):
         found = stored(*words)
         return dataclasses.replace(found, options={**found.options, "samples": embedded})

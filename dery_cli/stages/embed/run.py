@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from dery_cli.data.sets import DataSet, open_checked
 from dery_cli.errors import DeryError
-from dery_cli.io.artifacts import Workspace, unchanged, write_log, write_record
+from dery_cli.io.artifacts import (
+    Workspace,
+    made_of_the_same,
+    unchanged,
+    write_log,
+    write_record,
+)
 from dery_cli.io.journal import transaction
 from dery_cli.io.records import Artifact
 from dery_cli.runtime.devices import AUTO, FP32
@@ -102,14 +108,13 @@ def _processes(config: EmbedConfig) -> contextlib.AbstractContextManager[Process
 def _embed_zoo(
     terminal: Terminal, space: Workspace, config: EmbedConfig, opened: _Opened
 ) -> Embedded:
-    _chosen(require_zoo(space), config.donors)  # a wrong name answers before images are read
+    # a wrong name answers before images are read
+    donors = _chosen(require_zoo(space), config.donors)
     images = open_checked(terminal, config.data, skip_bad=config.skip_bad)
-    if config.samples is None:
-        config = dataclasses.replace(config, samples=_suitable(terminal, space, config, images))
-    elif len(images.train) < config.samples:
+    if config.samples is not None and len(images.train) < config.samples:
         count = len(images.train)
         terminal.warn(f"{config.data} has {count} training images, not {config.samples}")
-    calibration = choose_calibration(config, images)
+    config, calibration = _with_samples(terminal, space, config, donors, images)
     if config.dry_run:
         return _plan(space, config, calibration).result()
     with space.lock(terminal.note):
@@ -119,26 +124,38 @@ def _embed_zoo(
     return plan.result()
 
 
-def _suitable(terminal: Terminal, space: Workspace, config: EmbedConfig, images: DataSet) -> int:
-    """How many images to embed where nobody said: as before, else what the device does soon."""
-    donors = _chosen(require_zoo(space), config.donors)
+def _with_samples(
+    terminal: Terminal,
+    space: Workspace,
+    config: EmbedConfig,
+    donors: dict[str, Donor],
+    images: DataSet,
+) -> tuple[EmbedConfig, Calibration]:
+    """The options with a number of images, and these: as before, else what the device does soon."""
+
+    def settled(samples: int) -> tuple[EmbedConfig, Calibration]:
+        asked = dataclasses.replace(config, samples=samples)
+        return asked, choose_calibration(asked, images)
+
+    if config.samples is not None:
+        return settled(config.samples)
     side = max(max(donor.input.image_size) for donor in donors.values())
     if side < LARGE or len(images.train) <= FEW_SAMPLES:
-        return MOST_SAMPLES
-    for count in (MOST_SAMPLES, FEW_SAMPLES):
-        asked = dataclasses.replace(config, samples=count)
-        plan = _plan(space, asked, choose_calibration(asked, images))
-        if len(plan.todo) < len(plan.records):
-            return count
+        return settled(MOST_SAMPLES)
+    found = {samples: settled(samples) for samples in (MOST_SAMPLES, FEW_SAMPLES)}
+    for asked, calibration in found.values():
+        records = {n: embedding_artifact(d, asked, calibration) for n, d in donors.items()}
+        if any(made_of_the_same(space.embedding(n), record) for n, record in records.items()):
+            return asked, calibration
     from dery_cli.runtime.devices import pick_device
 
     if pick_device(config.device).type != "cpu":
-        return MOST_SAMPLES
+        return found[MOST_SAMPLES]
     terminal.note(
         f"{FEW_SAMPLES} images, since a CPU takes long for {side} pixels; on a GPU "
         f"{MOST_SAMPLES} are taken: --samples rules"
     )
-    return FEW_SAMPLES
+    return found[FEW_SAMPLES]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

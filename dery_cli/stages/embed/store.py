@@ -29,7 +29,6 @@ from dery_cli.io.schema import (
     plain_name,
 )
 from dery_cli.runtime.devices import PRECISIONS, Arithmetic
-from dery_cli.sizes import MOST_SAMPLES
 from dery_cli.stages.embed.config import EmbedConfig
 from dery_cli.types import Donor
 from dery_cli.zoo.registry import Zoo
@@ -126,7 +125,7 @@ class Calibration:
 
 
 def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
-    """Choose and hash the calibration images.
+    """Choose and hash the calibration images, whose number is settled by now.
 
     Raises:
         UsageError: Fewer than 8 images.
@@ -137,8 +136,8 @@ def choose_calibration(config: EmbedConfig, data: DataSet) -> Calibration:
             "at least 8 are needed to compare features",
         )
     labels = data.train.labels
-    samples = MOST_SAMPLES if config.samples is None else config.samples
-    indices = choose_samples(range(len(data.train)), labels, samples, config.seed)
+    assert config.samples is not None
+    indices = choose_samples(range(len(data.train)), labels, config.samples, config.seed)
     return Calibration(
         spec=data.spec,
         indices=indices,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,11 @@ def _classes(count: int | None) -> str:
 
 
 def _check_version(path: Path, data: object) -> None:
-    found = data.get("schema") if isinstance(data, dict) else None
-    version = found.removeprefix(LATENCY_SCHEMA) if isinstance(found, str) else ""
-    if version.isdecimal() and version.isascii() and version != str(VERSION):
+    schema = data.get("schema") if isinstance(data, dict) else None
+    found = re.fullmatch(LATENCY_SCHEMA + r"([0-9]{1,9})", str(schema))
+    if found and found[1] != str(VERSION):
         raise UsageError(
-            f"{path} is in another dery's format (format {version[:20]}, this one reads {VERSION})",
+            f"{path} is in another dery's format (format {found[1]}, this one reads {VERSION})",
             f"the same dery-cli at both ends; {PACK_HINT}",
         )
 
