@@ -196,16 +196,8 @@ class Commands:
             )
         return Started(process, outputs)
 
-    def run(
-        self,
-        args: Words,
-        workspace: Path | str | None,
-        *,
-        folder: Path | None = None,
-        env: Mapping[str, str] | None = None,
-        umask: int = -1,
-    ) -> Ended:
-        return self.start(args, workspace, folder=folder, env=env, umask=umask).finish()
+    def run(self, args: Words, workspace: Path | None) -> Ended:
+        return self.start(args, workspace).finish()
 
     def fork(
         self, args: Words, workspace: Path | None, *, hook: Callable[[], object] | None = None

@@ -8,13 +8,19 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from tests.sweep.commands import TIMEOUT, Ended
+from tests.sweep.commands import TIMEOUT, Ended, words
 from tests.sweep.harness import Section
 from tests.sweep.reference import contents
 
 ESCAPES = "\x1b[31mRED\x1b]0;owned\x07\x1b[2J"
 """Colours, sets the title of, and clears a terminal that it is printed to."""
 SECONDS = 60
+TO_AN_ASSEMBLY = (
+    words("sim"),
+    words("partition -K 3 --restarts 3"),
+    words("assemble --max-params 500k --effort 1"),
+)
+"""What follows ``embed``."""
 
 
 def limited(gib: int = 8) -> Callable[[], None]:

@@ -14,15 +14,13 @@ from pathlib import Path
 
 from tests.sweep.commands import words
 from tests.sweep.harness import Case, Section
-from tests.sweep.hostile import ESCAPES, SECONDS, expect, limited, write_images
+from tests.sweep.hostile import ESCAPES, SECONDS, TO_AN_ASSEMBLY, expect, limited, write_images
 
 EMBED = words("embed -n 16 --grid 1 --grid-samples 8 --threads 1 --data")
 ONE_DONOR = words("--donor demo__resnext")
 EXTRAS = (words(""), ["--json"], ["--skip-bad"], ["--skip-bad", "--json"])
 CHAIN = (
-    words("sim"),
-    words("partition -K 3 --restarts 3"),
-    words("assemble --max-params 500k --effort 1"),
+    *TO_AN_ASSEMBLY,
     words("finetune --steps 2 --batch-size 4"),
     words("eval --confusion"),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.sweep.commands import words
 from tests.sweep.harness import Case, Section
-from tests.sweep.hostile import ESCAPES, SECONDS, expect, write_images
+from tests.sweep.hostile import ESCAPES, SECONDS, TO_AN_ASSEMBLY, expect, write_images
 from tests.sweep.reference import STAGES
 
 WORKSPACES = {
@@ -65,12 +65,7 @@ LOCALES = (
     {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
 )
 EMBED = words("embed --grid 1 --grid-samples 8 --threads 1 -n")
-CHAIN = (
-    words("sim"),
-    words("partition -K 3 --restarts 3"),
-    words("assemble --max-params 500k --effort 1"),
-    words("eval"),
-)
+CHAIN = (*TO_AN_ASSEMBLY, words("eval"))
 
 
 def cases(section: Section) -> Iterator[Case]:
@@ -135,7 +130,7 @@ class Unspeakable:
     def say(self, env: dict[str, str], args: list[str]) -> None:
         """Commands that print the class's name, or might."""
         workspace = None if args == ["--help"] else self._made
-        ended = self._section.commands.run(args, workspace, env=env)
+        ended = self._section.commands.start(args, workspace, env=env).finish()
         label = f"{env}, a class called {UNSPEAKABLE}: {' '.join(args)}"
         expect(self._section, label, ended, {0, 1})
 
@@ -145,6 +140,6 @@ class Unspeakable:
         finetune = words("finetune --steps 2 --batch-size 4")
         with self._section.workspace(self._made) as workspace:
             for args in (words("eval"), words("eval --json"), finetune, embed):
-                ended = self._section.commands.run(args, workspace, env=env)
+                ended = self._section.commands.start(args, workspace, env=env).finish()
                 label = f"{env}, a class called {UNSPEAKABLE}: {' '.join(args[:2])}"
                 expect(self._section, label, ended, {0, 1})

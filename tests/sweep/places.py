@@ -89,7 +89,8 @@ def chain(
     if "HOME" in env:
         env["HOME"] = str(section.folder / env["HOME"])
     for stage, args in stages.items():
-        ended = section.commands.run(args, given, folder=start, env=env, umask=place.umask)
+        started = section.commands.start(args, given, folder=start, env=env, umask=place.umask)
+        ended = started.finish()
         if ended.code or ended.traceback:
             section.fail(f"{stage} under {place}: exit {ended.code}", ended)
             return

@@ -169,7 +169,7 @@ import atexit, sys
 class Large:
     def __del__(self):
         print("taken apart")
-sys.large = Large()
+large = Large()
 import dery_cli.__main__ as command
 sys.argv[1:] = {words}
 atexit.register(print, "not the first")
